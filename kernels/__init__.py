@@ -1,0 +1,1 @@
+"""Low-bit linear layers, paged attention and fused elementwise kernels: tensors only."""

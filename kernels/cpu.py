@@ -1,0 +1,346 @@
+"""The embedded default backend: PyTorch's own CPU operators.
+
+Linear layers of 2, 3, 4 and 8 bits run on PyTorch's int4-packed product with bfloat16 activations
+and float32 accumulation; an 8-bit code becomes two 4-bit planes along K. Where that operator is
+not vectorised, or a group size does not fit it, weights are dequantized to float32 at load.
+
+A row's result never depends on which other rows are in the step: the int4 product accumulates
+each row alone, and attention reduces in float64, so that the order of summation, which changes
+with the shapes, disappears in the rounding to float32. A preempted sequence therefore recomputes
+the very same keys and values in one prefill that it had first computed token by token.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .interface import (
+    AttentionPlan,
+    BackendUnavailable,
+    ForwardBatch,
+    KernelBackend,
+    KVCache,
+    PreparedLinear,
+)
+from .packing import DenseWeight, LinearWeight, PackedWeight, dequantize, unpack_codes
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "bfloat16", "float32"]
+
+_INT4_GROUP_SIZES = (256, 128, 64, 32)  # what the operator takes, preferred first
+_INT4_COLUMNS = 64  # N is padded to the operator's widest column block
+_VECTORISED = ("AVX2", "AVX512")  # elsewhere the operator is a scalar loop, 20x slower
+_RESCORED = 64  # candidates whose logits are recomputed in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Linear:
+    """[N, K] in PyTorch's int4 layout; K counts a plane of 8-bit codes twice."""
+
+    packed: Tensor  # [N, K / 2] uint8
+    scales_and_zeros: Tensor  # [K / group_size, N, 2] bfloat16: s, (8 - z) s
+    group_size: int
+    num_planes: int
+    input_padding: int
+    out_features: int
+    permutation: Tensor | None  # [K] int64
+    bias: Tensor | None  # [N] float32
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLinear:
+    weight: Tensor  # [N, K] float32
+    bias: Tensor | None  # [N] float32
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class RescoredHead:
+    """A logits layer computed in bfloat16, its best candidates again in float32."""
+
+    fast: Tensor  # [N, K] bfloat16
+    exact: Tensor  # [N, K] as stored in the checkpoint
+
+    @property
+    def out_features(self) -> int:
+        return self.fast.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Sequences with one new token each and contexts of similar length."""
+
+    rows: Tensor  # [b] int64, rows of the step
+    blocks: Tensor  # [b * blocks] int32
+    mask: Tensor  # [b, 1, 1, blocks * block_size] float64, 0 or -inf
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Several new tokens of one sequence."""
+
+    start: int
+    end: int
+    blocks: Tensor  # [blocks] int32
+    context_len: int
+    mask: Tensor | None  # [end - start, context_len] float64; None: plain causal
+
+
+@dataclass(frozen=True, slots=True)
+class CpuPlan:
+    decodes: list[DecodeGroup]
+    prefills: list[PrefillChunk]
+
+
+class CpuBackend(KernelBackend):
+    def __init__(self, precision: Precision = "auto") -> None:
+        """`precision` float32 is exact and keeps float32 weights; bfloat16 keeps packed ones.
+
+        Raises BackendUnavailable for an unknown precision.
+        """
+        capability = torch.backends.cpu.get_cpu_capability()
+        if precision == "auto":
+            precision = "bfloat16" if capability in _VECTORISED else "float32"
+        if precision not in ("bfloat16", "float32"):
+            raise BackendUnavailable(
+                f"cpu precision is {precision!r}; it must be auto, bfloat16 or float32"
+            )
+        self.exact = precision == "float32"
+        self.name = f"cpu, {precision}, {capability}, {torch.get_num_threads()} threads"
+        self.device = torch.device("cpu")
+        self.hidden_dtype = torch.float32
+        self.kv_dtype = torch.float32 if self.exact else torch.bfloat16
+
+    # Linear layers
+
+    def prepare_linear(self, weight: LinearWeight) -> PreparedLinear:
+        if isinstance(weight, DenseWeight):
+            return DenseLinear(weight.weight.to(torch.float32), _float32(weight.bias))
+        group_size = None if self.exact else _int4_group_size(weight)
+        if group_size is None:
+            return DenseLinear(dequantize(weight), _float32(weight.bias))
+        return _prepare_int4(weight, group_size)
+
+    def linear(self, x: Tensor, layer: PreparedLinear) -> Tensor:
+        if isinstance(layer, DenseLinear):
+            return F.linear(x.to(torch.float32), layer.weight, layer.bias)
+        assert isinstance(layer, Int4Linear)
+        if layer.permutation is not None:
+            x = x[:, layer.permutation]
+        x = F.pad(x, (0, layer.input_padding)) if layer.input_padding else x
+        x = x.to(torch.bfloat16)
+        x = x.repeat(1, layer.num_planes) if layer.num_planes > 1 else x
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), layer.packed, layer.group_size, layer.scales_and_zeros
+        )
+        y = y[:, : layer.out_features]
+        return y if layer.bias is None else y + layer.bias
+
+    def prepare_head(self, weight: LinearWeight) -> PreparedLinear:
+        if self.exact or isinstance(weight, PackedWeight) or weight.bias is not None:
+            return self.prepare_linear(weight)
+        return RescoredHead(weight.weight.to(torch.bfloat16), weight.weight)
+
+    def logits(self, x: Tensor, head: PreparedLinear) -> Tensor:
+        """[S, C] -> [S, vocabulary] float32.
+
+        A bfloat16 product rounds logits near 20 to steps of 1/8, which would tie the best
+        candidates; those are computed again in float32, so greedy choices are exact.
+        """
+        if not isinstance(head, RescoredHead):
+            return super().logits(x, head)
+        logits = F.linear(x.to(torch.bfloat16), head.fast).to(torch.float32)
+        best = logits.topk(min(_RESCORED, logits.shape[1]), dim=1).indices  # [S, _RESCORED]
+        for row, candidates in enumerate(best):
+            logits[row, candidates] = head.exact[candidates].to(torch.float32) @ x[row]
+        return logits
+
+    # Elementwise
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.to(torch.float32).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.to(torch.float32).chunk(2, dim=-1)
+        cos, sin = cos[:, None, :], sin[:, None, :]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    # Attention
+
+    def plan_attention(self, batch: ForwardBatch) -> CpuPlan:
+        starts = batch.query_start.tolist()
+        contexts = batch.context_lens.tolist()
+        buckets: dict[int, list[int]] = {}
+        prefills = []
+        for i, context_len in enumerate(contexts):
+            num_blocks = -(-context_len // batch.block_size)
+            if starts[i + 1] - starts[i] == 1:
+                buckets.setdefault(num_blocks.bit_length(), []).append(i)
+            else:
+                blocks = batch.block_tables[i, :num_blocks]
+                prefills.append(_plan_prefill(starts[i], starts[i + 1], blocks, context_len))
+        decodes = [
+            _plan_decode(batch, members, [contexts[i] for i in members])
+            for members in buckets.values()
+        ]
+        return CpuPlan(decodes, prefills)
+
+    def attention(self, q: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
+        assert isinstance(plan, CpuPlan)
+        wide = q.to(torch.float64)
+        out = torch.empty_like(wide)
+        for group in plan.decodes:
+            out[group.rows] = _attend_decode(wide[group.rows], cache, group, scale)
+        for chunk in plan.prefills:
+            rows = slice(chunk.start, chunk.end)
+            out[rows] = _attend_prefill(wide[rows], cache, chunk, scale)
+        return out.flatten(1).to(torch.float32)
+
+
+def _float32(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(torch.float32)
+
+
+def _int4_group_size(weight: PackedWeight) -> int | None:
+    """The largest operator group size whose groups each lie inside one group of the weight."""
+    whole = weight.group_size >= weight.in_features
+    fitting = [g for g in _INT4_GROUP_SIZES if whole or weight.group_size % g == 0]
+    dividing = [g for g in fitting if weight.in_features % g == 0]
+    if not fitting:
+        logger.warning(
+            "group_size %d fits no int4 group of %s; this layer is held in float32",
+            weight.group_size,
+            _INT4_GROUP_SIZES,
+        )
+        return None
+    return dividing[0] if dividing else fitting[-1]
+
+
+def _prepare_int4(weight: PackedWeight, group_size: int) -> Int4Linear:
+    input_padding = -weight.in_features % group_size
+    column_padding = -weight.out_features % _INT4_COLUMNS
+    # Every operator group reads the scale of the weight's group that holds its first row.
+    source = torch.arange(0, weight.in_features + input_padding, group_size) // weight.group_size
+    scales = F.pad(weight.scales.to(torch.float32)[source], (0, column_padding))
+    zeros = F.pad(weight.zeros.to(torch.int16)[source], (0, column_padding))
+    codes = unpack_codes(weight.qweight, weight.bits, weight.in_features).to(torch.int16)
+    codes = F.pad(codes, (0, column_padding, 0, input_padding))
+    planes = _int4_planes(codes, zeros, scales, group_size)
+    stacked = torch.cat([plane[0] for plane in planes]).t().to(torch.int32).contiguous()
+    scales_and_zeros = torch.cat([torch.stack(plane[1:], dim=-1) for plane in planes])
+    return Int4Linear(
+        packed=torch.ops.aten._convert_weight_to_int4pack_for_cpu(stacked, 1),
+        scales_and_zeros=scales_and_zeros.to(torch.bfloat16).contiguous(),
+        group_size=group_size,
+        num_planes=len(planes),
+        input_padding=input_padding,
+        out_features=weight.out_features,
+        permutation=weight.input_permutation,
+        bias=_float32(weight.bias),
+    )
+
+
+def _int4_planes(
+    codes: Tensor, zeros: Tensor, scales: Tensor, group_size: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Planes (q, s, o) with q in [0, 15] whose s (q - 8) + o add up to scales * (codes - zeros).
+
+    codes [K, N] int16, zeros and scales [G, N]. The offsets o are kept to numbers that bfloat16
+    holds exactly wherever the range of codes - zeros allows it.
+    """
+    centered = codes - zeros.repeat_interleave(group_size, dim=0)
+    offsets = torch.zeros_like(scales)
+    low, high = int(centered.min()), int(centered.max())
+    if high < 8 and low >= -8:
+        return [(centered + 8, scales, offsets)]
+    if high < 16 and low >= -15:
+        return [(codes, scales, (8 - zeros) * scales)]
+    if high >= 128 or low < -128:
+        centered = codes - 128
+        offsets = (128 - zeros) * scales
+    coarse = centered >> 4  # in [-8, 7]; centered = 16 coarse + fine, fine in [0, 15]
+    rounded = offsets.to(torch.bfloat16).to(torch.float32)
+    return [
+        (coarse + 8, 16 * scales, rounded),
+        (centered & 15, scales, 8 * scales + (offsets - rounded)),
+    ]
+
+
+def _plan_decode(batch: ForwardBatch, members: list[int], contexts: list[int]) -> DecodeGroup:
+    num_blocks = -(-max(contexts) // batch.block_size)
+    positions = torch.arange(num_blocks * batch.block_size)
+    hidden = positions[None, :] >= torch.tensor(contexts)[:, None]
+    index = torch.tensor(members)
+    return DecodeGroup(
+        rows=batch.query_start[index].to(torch.int64),
+        blocks=batch.block_tables[index, :num_blocks].flatten(),
+        mask=_additive_mask(hidden)[:, None, None, :],
+    )
+
+
+def _plan_prefill(start: int, end: int, blocks: Tensor, context_len: int) -> PrefillChunk:
+    num_queries = end - start
+    mask = None
+    if num_queries < context_len:
+        query_positions = torch.arange(context_len - num_queries, context_len)
+        mask = _additive_mask(torch.arange(context_len)[None, :] > query_positions[:, None])
+    return PrefillChunk(start, end, blocks, context_len, mask)
+
+
+def _additive_mask(hidden: Tensor) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=torch.float64).masked_fill_(hidden, float("-inf"))
+
+
+def _attend_decode(q: Tensor, cache: KVCache, group: DecodeGroup, scale: float) -> Tensor:
+    """q [b, H, D] float64 -> [b, H, D]. The heads of a group stand where queries stand."""
+    num_sequences, num_heads, head_dim = q.shape
+    num_kv_heads = cache.keys.shape[2]
+    keys, values = (
+        blocks.index_select(0, group.blocks)
+        .view(num_sequences, -1, num_kv_heads, head_dim)
+        .to(torch.float64)
+        .transpose(1, 2)
+        for blocks in (cache.keys, cache.values)
+    )
+    grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=scale)
+    return out.reshape(q.shape)
+
+
+def _attend_prefill(q: Tensor, cache: KVCache, chunk: PrefillChunk, scale: float) -> Tensor:
+    """q [t, H, D] float64 -> [t, H, D]."""
+    keys, values = (
+        blocks.index_select(0, chunk.blocks)
+        .flatten(0, 1)[: chunk.context_len]
+        .to(torch.float64)
+        .transpose(0, 1)[None]
+        for blocks in (cache.keys, cache.values)
+    )
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        keys,
+        values,
+        attn_mask=chunk.mask,
+        is_causal=chunk.mask is None,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out[0].transpose(0, 1)
+
+
+def create(precision: Precision = "auto") -> CpuBackend:
+    return CpuBackend(precision)

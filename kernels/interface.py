@@ -1,0 +1,169 @@
+"""What a backend must do, cut where backends will want to fuse. Tensors only.
+
+Shapes: T tokens in the step, B sequences, H heads, Hkv key-value heads, D head size,
+C hidden size. A new backend implements the abstract operations and inherits the compositions;
+it overrides a composition when it can fuse it. The decoder never asks which backend it has.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .packing import LinearWeight
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "cpu", "reference")
+
+
+class BackendUnavailable(ValueError):
+    """The backend that was asked for by name cannot work here. The text says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """The tokens of one step, sequences laid end to end, and where their keys and values live."""
+
+    query_start: Tensor  # [B + 1] int32, first row of each sequence; the last entry is T
+    context_lens: Tensor  # [B] int32, tokens in the cache once this step is done
+    block_tables: Tensor  # [B, max blocks] int32, padded with 0
+    slot_mapping: Tensor  # [T] int64, flat KV slot (block * block_size + offset) of each token
+    logit_rows: Tensor  # [S] int64, rows of the step whose logits are wanted
+    block_size: int  # tokens per block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVCache:
+    """Keys and values of one layer in blocks: two tensors [num_blocks, block_size, Hkv, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class PreparedLinear(Protocol):
+    """A linear layer in a backend's own layout; opaque to everyone else."""
+
+    @property
+    def out_features(self) -> int: ...
+
+
+class AttentionPlan(Protocol):
+    """What a backend derives from a ForwardBatch once per step; opaque to everyone else."""
+
+
+class KernelBackend(Protocol):
+    """Operations of a decoder step. Hidden states are [T, C] in `hidden_dtype`."""
+
+    name: str
+    device: torch.device
+    hidden_dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+    @abstractmethod
+    def prepare_linear(self, weight: LinearWeight) -> PreparedLinear:
+        """Repack a layer into this backend's layout, once, at load."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, layer: PreparedLinear) -> Tensor:
+        """y = x W^T + b: [T, K] -> [T, N]."""
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension: [T, C] -> [T, C]."""
+
+    @abstractmethod
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up of the two halves of the last dimension: [T, 2 F] -> [T, F]."""
+
+    @abstractmethod
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the halves of each head: x [T, heads, D], cos and sin [T, D / 2] -> like x."""
+
+    @abstractmethod
+    def plan_attention(self, batch: ForwardBatch) -> AttentionPlan:
+        """Work that all layers share, done once per step."""
+
+    @abstractmethod
+    def attention(self, q: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
+        """Causal attention over the cached keys and values: q [T, H, D] -> [T, H * D]."""
+
+    def prepare_head(self, weight: LinearWeight) -> PreparedLinear:
+        """The same as `prepare_linear`, for the layer that makes logits."""
+        return self.prepare_linear(weight)
+
+    def logits(self, x: Tensor, head: PreparedLinear) -> Tensor:
+        """[S, C] -> [S, vocabulary] float32."""
+        return self.linear(x, head).to(torch.float32)
+
+    def allocate_kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    ) -> list[KVCache]:
+        """Zeroed keys and values of all layers: a masked slot must never hold a NaN."""
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        return [
+            KVCache(
+                keys=torch.zeros(shape, dtype=self.kv_dtype, device=self.device),
+                values=torch.zeros(shape, dtype=self.kv_dtype, device=self.device),
+            )
+            for _ in range(num_layers)
+        ]
+
+    def rope_and_store(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        num_heads: int,
+        cache: KVCache,
+        batch: ForwardBatch,
+    ) -> Tensor:
+        """Rotate queries and keys, write keys and values to their slots, return the queries.
+
+        qkv [T, (H + 2 Hkv) * D] -> [T, H, D].
+        """
+        num_kv_heads, head_dim = cache.keys.shape[2:]
+        heads = qkv.view(qkv.shape[0], -1, head_dim)
+        rotated = self.rope(heads[:, : num_heads + num_kv_heads], cos, sin)
+        self._store(cache.keys, rotated[:, num_heads:], batch.slot_mapping)
+        self._store(cache.values, heads[:, num_heads + num_kv_heads :], batch.slot_mapping)
+        return rotated[:, :num_heads]
+
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, layer: PreparedLinear) -> Tensor:
+        """linear(rms_norm(x)): [T, C] -> [T, N]."""
+        return self.linear(self.rms_norm(x, norm, eps), layer)
+
+    def linear_residual(self, x: Tensor, layer: PreparedLinear, residual: Tensor) -> Tensor:
+        """residual + linear(x), in the residual's dtype."""
+        return residual + self.linear(x, layer)
+
+    def mlp(
+        self, x: Tensor, norm: Tensor, eps: float, gate_up: PreparedLinear, down: PreparedLinear
+    ) -> Tensor:
+        """x + down(silu_mul(gate_up(rms_norm(x)))): [T, C] -> [T, C]."""
+        return self.linear_residual(self.silu_mul(self.norm_linear(x, norm, eps, gate_up)), down, x)
+
+    @staticmethod
+    def _store(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows.to(cache.dtype))
+
+
+def load_backend(name: str) -> KernelBackend:
+    """The backend of that name; `auto` picks one and says so once.
+
+    Raises BackendUnavailable for a name that is unknown or cannot work on this machine.
+    """
+    if name not in BACKENDS:
+        raise BackendUnavailable(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    chosen = "cpu" if name == "auto" else name
+    # Imported by name so that a backend's own dependencies load only where it is used.
+    module = importlib.import_module(f".{chosen}", __package__)
+    backend: KernelBackend = module.create()
+    logger.info("backend %s: %s", chosen, backend.name)
+    return backend

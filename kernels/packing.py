@@ -1,0 +1,177 @@
+"""THE bit layouts: GPTQ words <-> integer codes, and the form every backend repacks from.
+
+Pure torch, no device code. A code is an unsigned integer of `bits` bits; a packed tensor is one
+little-endian bit stream of codes along its first dimension, cut into 32-bit words (GPTQ v1/v2;
+for 3 bits a code may straddle two words). Shapes: K input features, N output features, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+WORD_BITS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeight:
+    """A quantized linear layer in canonical form.
+
+    W[k, n] = scales[g, n] * (code[k, n] - zeros[g, n]), where g = k // group_size is the group of
+    row k; the last group may be short. Whatever convention the checkpoint used for zero points or
+    `g_idx` is resolved before this object exists.
+    """
+
+    bits: int
+    group_size: int  # input rows that share a scale; never -1
+    in_features: int  # K
+    out_features: int  # N
+    qweight: Tensor  # [ceil(K * bits / 32), N] int32, codes packed along K
+    scales: Tensor  # [G, N] float16, bfloat16 or float32
+    zeros: Tensor  # [G, N] uint8, true zero points
+    input_permutation: Tensor | None = None  # [K] int64: the layer reads x[..., permutation]
+    bias: Tensor | None = None  # [N]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed codes, the scales and the zero points packed at `bits` bits."""
+        zero_bytes = self.zeros.numel() * self.bits // 8
+        return self.qweight.nbytes + self.scales.nbytes + zero_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseWeight:
+    """A linear layer that is not quantized: y = x @ weight.T + bias."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor | None = None  # [N]
+
+
+LinearWeight = PackedWeight | DenseWeight
+
+
+def num_groups(in_features: int, group_size: int) -> int:
+    """Groups along K; `group_size` -1 means one group."""
+    return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+def packed_rows(num_codes: int, bits: int) -> int:
+    """32-bit words that hold `num_codes` codes."""
+    return -(-num_codes * bits // WORD_BITS)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack along the first dimension: [R, C] integer codes -> [ceil(R * bits / 32), C] int32.
+
+    Raises ValueError for an unsupported width or a code outside [0, 2**bits).
+    """
+    _check_bits(bits)
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
+        raise ValueError(f"codes must lie in [0, {(1 << bits) - 1}] for {bits} bits")
+    rows, columns = codes.shape
+    num_words = packed_rows(rows, bits)
+    padding = -rows % WORD_BITS
+    # A period of 32 codes fills exactly `bits` words, so one pass per code of the period suffices.
+    periods = torch.nn.functional.pad(codes.to(torch.int64), (0, 0, 0, padding)).view(
+        -1, WORD_BITS, columns
+    )
+    words = torch.zeros(periods.shape[0], bits, columns, dtype=torch.int64)
+    for j in range(WORD_BITS):
+        word, shift = divmod(j * bits, WORD_BITS)
+        words[:, word] |= periods[:, j] << shift
+        if shift + bits > WORD_BITS:
+            words[:, word + 1] |= periods[:, j] >> (WORD_BITS - shift)
+    return _to_int32(words.view(-1, columns)[:num_words])
+
+
+def unpack_codes(packed: Tensor, bits: int, num_codes: int) -> Tensor:
+    """Inverse of `pack_codes`: [words, C] int32 -> [num_codes, C] uint8.
+
+    Raises ValueError when the words cannot hold exactly `num_codes` codes.
+    """
+    _check_bits(bits)
+    num_words, columns = packed.shape
+    if num_words != packed_rows(num_codes, bits):
+        raise ValueError(
+            f"{num_words} packed rows cannot hold {num_codes} codes of {bits} bits; "
+            f"expected {packed_rows(num_codes, bits)}"
+        )
+    words = packed.to(torch.int64) & 0xFFFFFFFF
+    words = torch.nn.functional.pad(words, (0, 0, 0, -num_words % bits)).view(-1, bits, columns)
+    codes = torch.empty(words.shape[0], WORD_BITS, columns, dtype=torch.uint8)
+    mask = (1 << bits) - 1
+    for j in range(WORD_BITS):
+        word, shift = divmod(j * bits, WORD_BITS)
+        code = words[:, word] >> shift
+        if shift + bits > WORD_BITS:
+            code |= words[:, word + 1] << (WORD_BITS - shift)
+        codes[:, j] = (code & mask).to(torch.uint8)
+    return codes.view(-1, columns)[:num_codes].contiguous()
+
+
+def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
+    """Pack along N as GPTQ's `qzeros`: [G, N] -> [G, ceil(N * bits / 32)] int32."""
+    return pack_codes(zeros.t(), bits).t().contiguous()
+
+
+def unpack_zeros(packed: Tensor, bits: int, out_features: int) -> Tensor:
+    """Inverse of `pack_zeros`: [G, words] int32 -> [G, N] uint8."""
+    return unpack_codes(packed.t(), bits, out_features).t().contiguous()
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix the packed weight stands for, [N, K], in its original column order."""
+    codes = unpack_codes(weight.qweight, weight.bits, weight.in_features)
+    groups = torch.arange(weight.in_features) // weight.group_size
+    centered = codes.to(torch.float32) - weight.zeros[groups].to(torch.float32)
+    rows = centered * weight.scales[groups].to(torch.float32)  # [K, N]
+    if weight.input_permutation is not None:
+        rows = torch.empty_like(rows).index_copy_(0, weight.input_permutation, rows)
+    return rows.t().contiguous().to(dtype)
+
+
+def concatenate(weights: list[PackedWeight]) -> PackedWeight:
+    """Stack layers that read the same input along N, so that one product serves them all.
+
+    Raises ValueError when bits, group size, K or the input permutation differ.
+    """
+    first = weights[0]
+    for other in weights[1:]:
+        mine = (first.bits, first.group_size, first.in_features)
+        theirs = (other.bits, other.group_size, other.in_features)
+        if mine != theirs or not _same_permutation(first, other):
+            raise ValueError(
+                f"(bits, group_size, in_features) {mine} and {theirs} cannot share one matrix"
+            )
+    has_bias = any(w.bias is not None for w in weights)
+    biases = [w.bias if w.bias is not None else torch.zeros(w.out_features) for w in weights]
+    return PackedWeight(
+        bits=first.bits,
+        group_size=first.group_size,
+        in_features=first.in_features,
+        out_features=sum(w.out_features for w in weights),
+        qweight=torch.cat([w.qweight for w in weights], dim=1),
+        scales=torch.cat([w.scales for w in weights], dim=1),
+        zeros=torch.cat([w.zeros for w in weights], dim=1),
+        input_permutation=first.input_permutation,
+        bias=torch.cat(biases) if has_bias else None,
+    )
+
+
+def _same_permutation(a: PackedWeight, b: PackedWeight) -> bool:
+    if a.input_permutation is None or b.input_permutation is None:
+        return a.input_permutation is b.input_permutation
+    return torch.equal(a.input_permutation, b.input_permutation)
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in SUPPORTED_BITS:
+        raise ValueError(f"bits is {bits}; supported are {', '.join(map(str, SUPPORTED_BITS))}")
+
+
+def _to_int32(words: Tensor) -> Tensor:
+    signed = torch.where(words >= 1 << 31, words - (1 << 32), words)
+    return signed.to(torch.int32).contiguous()

@@ -1,0 +1,73 @@
+"""Turns a SchedulerOutput into tensors, runs the decoder, samples. Owns the KV cache."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+
+from ...kernels.interface import ForwardBatch
+from ..model.decoder import Decoder
+from .sampler import Sampler
+from .scheduler import SchedulerOutput
+from .sequence import SampledToken, Sequence
+
+
+class ModelRunner:
+    def __init__(self, model: Decoder, num_blocks: int, block_size: int) -> None:
+        config = model.config
+        self.model = model
+        self.block_size = block_size
+        self.kv_caches = model.backend.allocate_kv_cache(
+            config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim
+        )
+        self.sampler = Sampler()
+
+    @torch.inference_mode()
+    def execute(self, output: SchedulerOutput) -> list[SampledToken]:
+        """Compute the scheduled tokens; one sampled token per sequence that yields one."""
+        sequences = output.sequences
+        device = self.model.backend.device
+        ids = [token for sequence in sequences for token in _scheduled(sequence)]
+        positions = [p for sequence in sequences for p in _scheduled_positions(sequence)]
+        logits = self.model.forward(
+            torch.tensor(ids, device=device),
+            torch.tensor(positions, device=device),
+            self._forward_batch(sequences),
+            self.kv_caches,
+        )
+        yielding = [sequence for sequence in sequences if sequence.yields_token]
+        return self.sampler.sample(logits, yielding) if yielding else []
+
+    def _forward_batch(self, sequences: list[Sequence]) -> ForwardBatch:
+        device = self.model.backend.device
+        starts = [0, *accumulate(sequence.num_scheduled_tokens for sequence in sequences)]
+        contexts = [s.num_cached_tokens + s.num_scheduled_tokens for s in sequences]
+        widest = max(len(sequence.block_table) for sequence in sequences)
+        tables = [s.block_table + [0] * (widest - len(s.block_table)) for s in sequences]
+        slots = [slot for sequence in sequences for slot in self._slots(sequence)]
+        ends = zip(sequences, starts[1:], strict=True)
+        logit_rows = [end - 1 for sequence, end in ends if sequence.yields_token]
+        return ForwardBatch(
+            query_start=torch.tensor(starts, dtype=torch.int32, device=device),
+            context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+            block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
+            slot_mapping=torch.tensor(slots, device=device),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+            block_size=self.block_size,
+        )
+
+    def _slots(self, sequence: Sequence) -> list[int]:
+        size = self.block_size
+        table = sequence.block_table
+        return [table[p // size] * size + p % size for p in _scheduled_positions(sequence)]
+
+
+def _scheduled_positions(sequence: Sequence) -> range:
+    first = sequence.num_cached_tokens
+    return range(first, first + sequence.num_scheduled_tokens)
+
+
+def _scheduled(sequence: Sequence) -> list[int]:
+    positions = _scheduled_positions(sequence)
+    return sequence.token_ids[positions.start : positions.stop]

@@ -1,0 +1,1 @@
+"""Decoder families as small torch modules, and the loader that fills them."""

@@ -1,0 +1,225 @@
+"""Every backend against float64 arithmetic, and the CPU backend's promise on rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from lowbit.kernels.cpu import CpuBackend, DenseLinear, Int4Linear
+from lowbit.kernels.interface import (
+    BackendUnavailable,
+    ForwardBatch,
+    KernelBackend,
+    KVCache,
+    load_backend,
+)
+from lowbit.kernels.packing import DenseWeight, dequantize
+from lowbit.kernels.reference import ReferenceBackend
+from tiny import random_packed_weight
+
+BACKENDS = {
+    "reference": (ReferenceBackend, 1e-6),
+    "cpu-float32": (lambda: CpuBackend("float32"), 1e-6),
+    "cpu-bfloat16": (lambda: CpuBackend("bfloat16"), 6e-3),
+}
+BLOCK_SIZE = 16
+
+
+@pytest.fixture(params=BACKENDS)
+def backend_and_tolerance(request: pytest.FixtureRequest) -> tuple[KernelBackend, float]:
+    create, tolerance = BACKENDS[request.param]
+    return create(), tolerance
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected).abs().mean() / expected.abs().mean()).item()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(
+    ("in_features", "out_features", "group_size"),
+    [(576, 192, 64), (576, 100, 128), (128, 64, -1), (100, 33, 32), (192, 17, 96), (80, 64, 16)],
+)
+def test_linear_agrees_with_float64(
+    backend_and_tolerance: tuple[KernelBackend, float],
+    bits: int,
+    sym: bool,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+) -> None:
+    backend, tolerance = backend_and_tolerance
+    torch.manual_seed(bits)
+    weight = random_packed_weight(
+        in_features, out_features, bits=bits, group_size=group_size, sym=sym
+    )
+    weight = replace(
+        weight, bias=torch.randn(out_features), input_permutation=torch.randperm(in_features)
+    )
+    layer = backend.prepare_linear(weight)
+    assert layer.out_features == out_features
+    for rows in (1, 5, 17):
+        x = torch.randn(rows, in_features)
+        expected = x.double() @ dequantize(weight).double().T + weight.bias.double()
+        assert relative_error(backend.linear(x, layer), expected) < tolerance
+
+
+def test_scales_that_bfloat16_rounds_cost_little() -> None:
+    weight = random_packed_weight(576, 192)
+    weight = replace(weight, scales=weight.scales * (1 + 2**-9))  # half a bfloat16 step off
+    x = torch.randn(9, 576)
+    expected = x.double() @ dequantize(weight).double().T
+    backend = CpuBackend("bfloat16")
+    assert relative_error(backend.linear(x, backend.prepare_linear(weight)), expected) < 1e-2
+
+
+def test_a_one_hot_row_returns_the_dequantized_column() -> None:
+    weight = random_packed_weight(128, 64, group_size=32, sym=False)
+    # Scales that bfloat16 holds exactly: what is left is the int4 layout itself.
+    weight = replace(weight, scales=torch.full_like(weight.scales, 2**-6))
+    backend = CpuBackend("bfloat16")
+    layer = backend.prepare_linear(weight)
+    assert isinstance(layer, Int4Linear)
+    assert torch.equal(backend.linear(torch.eye(128), layer).float(), dequantize(weight).T)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_alone_equals_the_row_in_a_batch(bits: int) -> None:
+    backend = CpuBackend("bfloat16")
+    layer = backend.prepare_linear(random_packed_weight(576, 192, bits=bits))
+    x = torch.randn(67, 576)
+    together = backend.linear(x, layer)
+    for row in range(67):
+        assert torch.equal(backend.linear(x[row : row + 1], layer)[0], together[row])
+
+
+def test_group_sizes_without_an_int4_form_are_held_exactly(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    layer = CpuBackend("bfloat16").prepare_linear(random_packed_weight(80, 64, group_size=16))
+    assert isinstance(layer, DenseLinear)
+    assert "group_size 16" in caplog.text
+
+
+def test_rms_norm_and_silu_mul(backend_and_tolerance: tuple[KernelBackend, float]) -> None:
+    backend, _ = backend_and_tolerance
+    x, weight = torch.randn(7, 96) * 3, torch.randn(96)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    torch.testing.assert_close(
+        backend.rms_norm(x, weight, 1e-5).double(), expected, atol=1e-5, rtol=1e-5
+    )
+    gate, up = wide.chunk(2, dim=-1)
+    expected = gate / (1 + (-gate).exp()) * up
+    torch.testing.assert_close(backend.silu_mul(x).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rope_is_a_rotation_by_position(
+    backend_and_tolerance: tuple[KernelBackend, float],
+) -> None:
+    backend, _ = backend_and_tolerance
+    x = torch.randn(3, 2, 8)
+    angles = torch.randn(3, 4)
+    pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())
+    turned = pairs * torch.polar(torch.ones(3, 1, 4).double(), angles[:, None, :].double())
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    actual = backend.rope(x, angles.cos(), angles.sin()).double()
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
+
+
+def random_step(
+    backend: KernelBackend, contexts: list[int], queries: list[int], heads: int, kv_heads: int
+) -> tuple[torch.Tensor, KVCache, ForwardBatch, list[list[int]]]:
+    """A cache full of random keys and values, NaN in every slot that no sequence owns."""
+    needed = [-(-context // BLOCK_SIZE) for context in contexts]
+    cache = backend.allocate_kv_cache(1, sum(needed) + 3, BLOCK_SIZE, kv_heads, 16)[0]
+    order = torch.randperm(sum(needed)).tolist()
+    tables = [[order.pop() for _ in range(count)] for count in needed]
+    slots = [
+        [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(context)]
+        for table, context in zip(tables, contexts, strict=True)
+    ]
+    for tensor in (cache.keys, cache.values):
+        tensor.copy_(torch.randn(tensor.shape))
+    widest = max(needed)
+    starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
+    batch = ForwardBatch(
+        query_start=torch.tensor(starts, dtype=torch.int32),
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        block_tables=torch.tensor(
+            [table + [0] * (widest - len(table)) for table in tables], dtype=torch.int32
+        ),
+        slot_mapping=torch.tensor(
+            [s for all_, n in zip(slots, queries, strict=True) for s in all_[-n:]]
+        ),
+        logit_rows=torch.tensor([], dtype=torch.int64),
+        block_size=BLOCK_SIZE,
+    )
+    return torch.randn(starts[-1], heads, 16), cache, batch, slots
+
+
+def attention_oracle(
+    q: torch.Tensor, cache: KVCache, batch: ForwardBatch, slots: list[list[int]]
+) -> torch.Tensor:
+    """Masked softmax attention in float64 over explicitly gathered keys and values."""
+    starts = batch.query_start.tolist()
+    group = q.shape[1] // cache.keys.shape[2]
+    outs = []
+    for i, context_slots in enumerate(slots):
+        keys, values = (
+            tensor.flatten(0, 1)[context_slots].double().repeat_interleave(group, dim=1)
+            for tensor in (cache.keys, cache.values)
+        )
+        queries = q[starts[i] : starts[i + 1]].double()
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) / math.sqrt(q.shape[2])
+        num_queries, context = scores.shape[1:]
+        visible = torch.ones(num_queries, context).tril(context - num_queries).bool()
+        weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, values).flatten(1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (4, 1)])
+@pytest.mark.parametrize(
+    ("contexts", "queries"),
+    [
+        ([1], [1]),
+        ([16, 17, 5, 200], [1, 1, 1, 1]),
+        ([33], [33]),
+        ([40, 33, 100, 7], [1, 33, 12, 1]),
+    ],
+)
+def test_attention_agrees_with_float64(
+    backend_and_tolerance: tuple[KernelBackend, float],
+    heads: int,
+    kv_heads: int,
+    contexts: list[int],
+    queries: list[int],
+) -> None:
+    backend, _ = backend_and_tolerance
+    torch.manual_seed(len(contexts))
+    q, cache, batch, slots = random_step(backend, contexts, queries, heads, kv_heads)
+    expected = attention_oracle(q, cache, batch, slots)
+    actual = backend.attention(q, cache, backend.plan_attention(batch), 16**-0.5)
+    torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=2e-6)
+
+
+def test_head_keeps_the_order_that_bfloat16_would_tie() -> None:
+    backend = CpuBackend("bfloat16")
+    weight = torch.randn(1000, 64)
+    weight[17] = weight[3] * (1 + 2**-12)  # equal in bfloat16, not in float32
+    x = weight[3:4] * 5
+    logits = backend.logits(x, backend.prepare_head(DenseWeight(weight=weight)))
+    assert logits.argmax().item() == 17
+    best = (x.double() @ weight.double().T).topk(5).indices
+    assert torch.equal(logits.topk(5).indices, best)
+
+
+def test_unknown_and_impossible_choices_are_refused_by_name() -> None:
+    with pytest.raises(BackendUnavailable, match="backend is 'metal'"):
+        load_backend("metal")
+    with pytest.raises(BackendUnavailable, match="precision is 'int8'"):
+        CpuBackend("int8")  # type: ignore[arg-type]

@@ -1,0 +1,162 @@
+"""The decoder against transformers running the same dequantized weights in float32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from lowbit.kernels.cpu import CpuBackend
+from lowbit.kernels.interface import ForwardBatch, KernelBackend
+from lowbit.kernels.reference import ReferenceBackend
+from lowbit.quant.checkpoint import CheckpointError, QuantConfig
+from lowbit.server.model.decoder import Decoder
+from lowbit.server.model.loader import load_decoder
+from tiny import TinyModel, build_tiny_model
+
+BLOCK_SIZE = 16
+
+
+class Prompt:
+    """A sequence fed to the decoder in chunks, with blocks of its own."""
+
+    def __init__(self, token_ids: list[int], blocks: list[int]) -> None:
+        self.token_ids = token_ids
+        self.blocks = blocks
+        self.cached = 0
+        self.logits: list[torch.Tensor] = []
+
+
+def run_step(decoder: Decoder, caches: list, work: Iterable[tuple[Prompt, int]]) -> None:
+    """One forward pass over `num_tokens` further tokens of each prompt, all logits kept."""
+    ids, positions, slots, starts, contexts, tables = [], [], [], [0], [], []
+    work = list(work)
+    for prompt, num_tokens in work:
+        span = range(prompt.cached, prompt.cached + num_tokens)
+        ids += [prompt.token_ids[p] for p in span]
+        positions += span
+        slots += [prompt.blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in span]
+        starts.append(starts[-1] + num_tokens)
+        contexts.append(span.stop)
+        tables.append(prompt.blocks)
+        prompt.cached = span.stop
+    widest = max(map(len, tables))
+    batch = ForwardBatch(
+        query_start=torch.tensor(starts, dtype=torch.int32),
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        block_tables=torch.tensor([t + [0] * (widest - len(t)) for t in tables]).int(),
+        slot_mapping=torch.tensor(slots),
+        logit_rows=torch.arange(starts[-1]),
+        block_size=BLOCK_SIZE,
+    )
+    with torch.inference_mode():
+        logits = decoder.forward(torch.tensor(ids), torch.tensor(positions), batch, caches)
+    for i, (prompt, _) in enumerate(work):
+        prompt.logits += logits[starts[i] : starts[i + 1]]
+
+
+def caches_for(decoder: Decoder, num_blocks: int) -> list:
+    c = decoder.config
+    backend = decoder.backend
+    return backend.allocate_kv_cache(
+        c.num_layers, num_blocks, BLOCK_SIZE, c.num_kv_heads, c.head_dim
+    )
+
+
+def random_prompt(length: int, first_block: int, seed: int) -> Prompt:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 320, (length,), generator=generator).tolist()
+    return Prompt(ids, list(range(first_block, first_block + -(-length // BLOCK_SIZE))))
+
+
+def oracle_logits(tiny: TinyModel, token_ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return tiny.oracle(torch.tensor([token_ids])).logits[0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "tolerance"),
+    [(ReferenceBackend(), 1e-4), (CpuBackend("float32"), 1e-4), (CpuBackend("bfloat16"), 0.15)],
+    ids=["reference", "cpu-float32", "cpu-bfloat16"],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_agree_with_transformers(
+    tmp_path: Path, backend: KernelBackend, tolerance: float, tied: bool
+) -> None:
+    tiny = build_tiny_model(tmp_path / "m", tie_word_embeddings=tied)
+    decoder = load_decoder(tiny.folder, backend)
+    prompt = random_prompt(75, 1, seed=3)
+    caches = caches_for(decoder, 8)
+    for num_tokens in (40, 1, 1, 33):
+        run_step(decoder, caches, [(prompt, num_tokens)])
+    expected = oracle_logits(tiny, prompt.token_ids)
+    actual = torch.stack(prompt.logits)
+    # The scale tells that the bound means something: logits differ by several units.
+    assert expected.std() > 0.5
+    assert (actual - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_widths_are_served_too(tmp_path: Path, bits: int) -> None:
+    quant = QuantConfig(bits=bits, group_size=32)
+    tiny = build_tiny_model(tmp_path / "m", quant=quant, intermediate_size=192)
+    decoder = load_decoder(tiny.folder, CpuBackend("bfloat16"))
+    prompt = random_prompt(30, 0, seed=1)
+    run_step(decoder, caches_for(decoder, 2), [(prompt, 30)])
+    difference = torch.stack(prompt.logits) - oracle_logits(tiny, prompt.token_ids)
+    assert difference.abs().max() < 0.15
+
+
+def test_hidden_states_do_not_depend_on_chunks_or_neighbours(tiny_model: TinyModel) -> None:
+    """The fast path, bit for bit: the last norm's input decides the logits."""
+    decoder = load_decoder(tiny_model.folder, CpuBackend("bfloat16"))
+    lengths = [37, 5, 64, 18]
+
+    def prompts() -> list[Prompt]:
+        return [random_prompt(n, 8 * i, seed=i) for i, n in enumerate(lengths)]
+
+    whole, crowd, chunked = prompts(), prompts(), prompts()
+    caches = caches_for(decoder, 32)
+    for prompt in whole:
+        run_step(decoder, caches, [(prompt, len(prompt.token_ids))])
+    alone_keys = [cache.keys.clone() for cache in caches]
+
+    caches = caches_for(decoder, 32)
+    run_step(decoder, caches, [(p, len(p.token_ids)) for p in crowd])
+    assert all(torch.equal(c.keys, keys) for c, keys in zip(caches, alone_keys, strict=True))
+
+    caches = caches_for(decoder, 32)
+    while any(p.cached < len(p.token_ids) for p in chunked):
+        left = [(p, len(p.token_ids) - p.cached) for p in chunked]
+        run_step(decoder, caches, [(p, min(n, 1 + i * 3)) for i, (p, n) in enumerate(left) if n])
+    assert all(torch.equal(c.keys, keys) for c, keys in zip(caches, alone_keys, strict=True))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "architectures is ['MambaForCausalLM']"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None"),
+        ({"num_key_value_heads": 4}, "num_attention_heads is 6"),
+        ({"num_hidden_layers": 1}, "tensors have no place in this model: model.layers.1"),
+        ({"intermediate_size": 192}, "expected"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    tiny = build_tiny_model(tmp_path / "m")
+    edit_config(tiny.folder, **changes)
+    with pytest.raises(CheckpointError) as refusal:
+        load_decoder(tiny.folder, ReferenceBackend())
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
