@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +30,6 @@ from .interface import (
 from .packing import DenseWeight, LinearWeight, PackedWeight, dequantize, unpack_codes
 
 logger = logging.getLogger(__name__)
-
-Precision = Literal["auto", "bfloat16", "float32"]
 
 _INT4_GROUP_SIZES = (256, 128, 64, 32)  # what the operator takes, preferred first
 _INT4_COLUMNS = 64  # N is padded to the operator's widest column block
@@ -103,7 +100,7 @@ class CpuPlan:
 
 
 class CpuBackend(KernelBackend):
-    def __init__(self, precision: Precision = "auto") -> None:
+    def __init__(self, precision: str = "auto") -> None:
         """`precision` float32 is exact and keeps float32 weights; bfloat16 keeps packed ones.
 
         Raises BackendUnavailable for an unknown precision.
@@ -342,5 +339,5 @@ def _attend_prefill(q: Tensor, cache: KVCache, chunk: PrefillChunk, scale: float
     return out[0].transpose(0, 1)
 
 
-def create(precision: Precision = "auto") -> CpuBackend:
+def create(precision: str = "auto") -> CpuBackend:
     return CpuBackend(precision)

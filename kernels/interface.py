@@ -154,16 +154,20 @@ class KernelBackend(Protocol):
         cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows.to(cache.dtype))
 
 
-def load_backend(name: str) -> KernelBackend:
+def load_backend(name: str, cpu_precision: str = "auto") -> KernelBackend:
     """The backend of that name; `auto` picks one and says so once.
 
-    Raises BackendUnavailable for a name that is unknown or cannot work on this machine.
+    `cpu_precision` is for the cpu backend alone. Raises BackendUnavailable for a name that is unknown or cannot work on this machine.
     """
     if name not in BACKENDS:
         raise BackendUnavailable(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
     chosen = "cpu" if name == "auto" else name
     # Imported by name so that a backend's own dependencies load only where it is used.
     module = importlib.import_module(f".{chosen}", __package__)
-    backend: KernelBackend = module.create()
+    if chosen != "cpu" and cpu_precision != "auto":
+        raise BackendUnavailable(
+            f"cpu_precision is {cpu_precision!r}; the {chosen} backend has no such choice"
+        )
+    backend: KernelBackend = module.create(cpu_precision) if chosen == "cpu" else module.create()
     logger.info("backend %s: %s", chosen, backend.name)
     return backend

@@ -99,16 +99,17 @@ def unpack_codes(packed: Tensor, bits: int, num_codes: int) -> Tensor:
             f"{num_words} packed rows cannot hold {num_codes} codes of {bits} bits; "
             f"expected {packed_rows(num_codes, bits)}"
         )
-    words = packed.to(torch.int64) & 0xFFFFFFFF
-    words = torch.nn.functional.pad(words, (0, 0, 0, -num_words % bits)).view(-1, bits, columns)
+    words = torch.nn.functional.pad(packed, (0, 0, 0, -num_words % bits)).view(-1, bits, columns)
     codes = torch.empty(words.shape[0], WORD_BITS, columns, dtype=torch.uint8)
     mask = (1 << bits) - 1
     for j in range(WORD_BITS):
         word, shift = divmod(j * bits, WORD_BITS)
-        code = words[:, word] >> shift
-        if shift + bits > WORD_BITS:
-            code |= words[:, word + 1] << (WORD_BITS - shift)
-        codes[:, j] = (code & mask).to(torch.uint8)
+        present = min(bits, WORD_BITS - shift)
+        # int32 shifts drag the sign bit along; the mask takes it away again.
+        code = (words[:, word] >> shift) & ((1 << present) - 1)
+        if present < bits:
+            code |= (words[:, word + 1] << present) & mask
+        codes[:, j] = code
     return codes.view(-1, columns)[:num_codes].contiguous()
 
 

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class InvalidConfig(ValueError):
     """A setting is out of range. The text names the setting, the value and the limit."""
 
 
+def _setting(default: Any, help: str, **more: Any) -> Any:
+    """A field that the command line offers too: its help text travels with it."""
+    return field(default=default, metadata={"help": help, **more})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """What one engine may hold at a time."""
 
-    backend: str = "auto"  # auto, cpu or reference
-    block_size: int = 16  # tokens per KV-cache block
-    kv_cache_memory_bytes: int = 1 << 30  # for the keys and values of all layers together
-    max_model_len: int | None = None  # prompt plus completion, tokens; None: the model's own
-    max_num_seqs: int = 64  # sequences in one step
-    max_num_batched_tokens: int = 512  # tokens in one step, decodes first
-    max_queued_requests: int = 1024  # waiting for their first step; more are refused
+    backend: str = _setting(
+        "auto", "kernels that run the model", choices=("auto", "cpu", "reference")
+    )
+    cpu_precision: str = _setting(
+        "auto",
+        "of the cpu backend: bfloat16 computes on packed weights, float32 is exact and holds "
+        "float32 weights; auto takes bfloat16 where the processor has vector code for it",
+        choices=("auto", "bfloat16", "float32"),
+    )
+    block_size: int = _setting(16, "tokens per KV-cache block")
+    kv_cache_memory_bytes: int = _setting(1 << 30, "for keys and values of all layers together")
+    max_model_len: int | None = _setting(
+        None, "prompt plus completion, in tokens; by default the model's own limit", type=int
+    )
+    max_num_seqs: int = _setting(64, "sequences in one step")
+    max_num_batched_tokens: int = _setting(512, "tokens in one step; decodes come first")
+    max_queued_requests: int = _setting(1024, "requests that may wait; more are refused")
 
     def __post_init__(self) -> None:
         for name in ("block_size", "kv_cache_memory_bytes", "max_num_seqs", "max_queued_requests"):
@@ -37,11 +53,13 @@ class EngineConfig:
 class ServerConfig:
     """How the server listens, what it accepts and how it ends."""
 
-    host: str = "127.0.0.1"
-    port: int = 50051  # 0 picks a free one
-    metrics_port: int = 9464  # Prometheus; 0 picks a free one
-    max_message_bytes: int = 4 << 20  # of one request
-    drain_grace_seconds: float = 30.0  # how long running requests may finish after SIGTERM
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(50051, "of the gRPC services; 0 picks a free one")
+    metrics_port: int = _setting(9464, "of the Prometheus metrics; 0 picks a free one")
+    max_message_bytes: int = _setting(4 << 20, "of one request")
+    drain_grace_seconds: float = _setting(
+        30.0, "how long running requests may go on after SIGTERM or Ctrl-C"
+    )
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:

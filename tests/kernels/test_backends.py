@@ -222,4 +222,4 @@ def test_unknown_and_impossible_choices_are_refused_by_name() -> None:
     with pytest.raises(BackendUnavailable, match="backend is 'metal'"):
         load_backend("metal")
     with pytest.raises(BackendUnavailable, match="precision is 'int8'"):
-        CpuBackend("int8")  # type: ignore[arg-type]
+        CpuBackend("int8")

@@ -78,7 +78,7 @@ def oracle_logits(tiny: TinyModel, token_ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("backend", "tolerance"),
-    [(ReferenceBackend(), 1e-4), (CpuBackend("float32"), 1e-4), (CpuBackend("bfloat16"), 0.15)],
+    [(ReferenceBackend(), 1e-4), (CpuBackend("float32"), 1e-4), (CpuBackend("bfloat16"), 0.1)],
     ids=["reference", "cpu-float32", "cpu-bfloat16"],
 )
 @pytest.mark.parametrize("tied", [True, False])
@@ -95,7 +95,7 @@ def test_logits_agree_with_transformers(
     actual = torch.stack(prompt.logits)
     # The scale tells that the bound means something: logits differ by several units.
     assert expected.std() > 0.5
-    assert (actual - expected).abs().max() < tolerance
+    assert (actual - expected).abs().max() < tolerance * expected.std()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])

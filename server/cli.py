@@ -1,0 +1,255 @@
+"""The `lowbit` command. Each subcommand imports what it needs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .config import EngineConfig, InvalidConfig, ServerConfig
+from .types import ChatMessage, LowbitError
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; the exit status. A refusal is one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        status: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except (LowbitError, ValueError, OSError) as error:
+        # Refusals of ours are ValueErrors by contract; a traceback is for --log-level debug.
+        logger.debug("refused", exc_info=error)
+        print(f"lowbit {arguments.command}: error: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lowbit", description="Quantize and serve LLMs.")
+    parser.add_argument("--version", action="version", version=f"lowbit {version('lowbit')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_quantize(commands)
+    _add_serve(commands)
+    _add_generate(commands)
+    _add_chat(commands)
+    for command in commands.choices.values():
+        command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+        command.add_argument(
+            "--log-level",
+            default="info",
+            choices=("debug", "info", "warning", "error"),
+            help="how much to say on stderr",
+        )
+    return parser
+
+
+Commands = Any  # argparse keeps the type of add_subparsers' result private
+
+
+# quantize
+
+
+def _add_quantize(commands: Commands) -> None:
+    parser = commands.add_parser("quantize", help="turn a 16-bit model into a 4-bit checkpoint")
+    parser.add_argument("source", help="a Hugging Face folder, a hub id, or a .gguf file")
+    parser.add_argument("out", type=Path, help="the folder to create")
+    parser.add_argument("--bits", type=int, default=4, help="of a weight's code")
+    parser.add_argument(
+        "--group-size", type=int, default=64, help="weights that share a scale; -1 is a whole row"
+    )
+    parser.add_argument(
+        "--damp-percent",
+        type=float,
+        default=0.01,
+        help="of the Hessian's mean diagonal, added to its diagonal",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text like that which the model will see; a built-in text if absent",
+    )
+    parser.set_defaults(run=_quantize)
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+# serve
+
+
+def _add_serve(commands: Commands) -> None:
+    parser = commands.add_parser("serve", help="serve a checkpoint over gRPC")
+    parser.add_argument("checkpoint", type=Path, help="a folder that `lowbit quantize` wrote")
+    _add_settings(parser, ServerConfig)
+    _add_settings(parser, EngineConfig)
+    parser.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    config = ServerConfig(
+        **_settings(arguments, ServerConfig),
+        engine=EngineConfig(**_settings(arguments, EngineConfig)),
+    )
+    from prometheus_client import CollectorRegistry
+
+    from ..kernels.interface import load_backend
+    from .engine.async_engine import AsyncEngine
+    from .engine.build import build_engine
+    from .metrics import Metrics
+    from .model.loader import load_decoder
+    from .rpc.server import GenerationServer, serve
+    from .text.tokenizer import Tokenizer
+
+    started = time.monotonic()
+    decoder = load_decoder(
+        arguments.checkpoint, load_backend(config.engine.backend, config.engine.cpu_precision)
+    )
+    tokenizer = Tokenizer.from_folder(arguments.checkpoint)
+    engine = build_engine(decoder, config.engine)
+    metrics = Metrics(CollectorRegistry())
+    logger.info("loaded %s in %.1f s", arguments.checkpoint, time.monotonic() - started)
+
+    def announce(server: GenerationServer) -> None:
+        print(
+            f"lowbit serves {arguments.checkpoint} on {config.host}:{server.port}; "
+            f"metrics on http://{config.host}:{server.metrics_port}/metrics",
+            flush=True,
+        )
+
+    async_engine = AsyncEngine(engine, on_step=metrics.observe_step)
+    asyncio.run(serve(config, async_engine, tokenizer, metrics, on_started=announce))
+    return 0
+
+
+def _add_settings(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+    for field in dataclasses.fields(config):
+        if "help" in field.metadata:
+            parser.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                type=field.metadata.get("type", type(field.default)),
+                default=field.default,
+                choices=field.metadata.get("choices"),
+                help=field.metadata["help"],
+            )
+
+
+def _settings(arguments: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(config) if "help" in field.metadata]
+    return {name: getattr(arguments, name) for name in names}
+
+
+# generate and chat
+
+
+def _add_generate(commands: Commands) -> None:
+    parser = commands.add_parser("generate", help="complete a prompt on a running server")
+    parser.add_argument("prompt", nargs="?", default="-", help="text; - reads it from stdin")
+    parser.add_argument(
+        "--chat", action="store_true", help="send the prompt as a user's chat message"
+    )
+    _add_client_options(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _add_chat(commands: Commands) -> None:
+    parser = commands.add_parser("chat", help="talk to a running server; Ctrl-D ends")
+    parser.add_argument("--system", help="a system message to begin with")
+    _add_client_options(parser)
+    parser.set_defaults(run=_chat)
+
+
+def _add_client_options(parser: argparse.ArgumentParser) -> None:
+    from .client import DEFAULT_ADDRESS
+
+    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server")
+    options: dict[str, Any] = {"default": argparse.SUPPRESS}  # absent: the server's own default
+    parser.add_argument("--temperature", type=float, help="0 is greedy", **options)
+    parser.add_argument("--top-k", type=int, help="keep the K most likely tokens", **options)
+    parser.add_argument("--top-p", type=float, help="keep this probability mass", **options)
+    parser.add_argument("--min-p", type=float, help="drop tokens less likely than", **options)
+    parser.add_argument("--seed", type=int, help="the same seed, the same tokens", **options)
+    parser.add_argument("--max-tokens", type=int, help="of the completion", **options)
+    parser.add_argument(
+        "--stop", action="append", help="end before this text; may be repeated", **options
+    )
+    parser.add_argument("--ignore-eos", action="store_true", **options)
+
+
+SAMPLING_OPTIONS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "max_tokens",
+    "stop",
+    "ignore_eos",
+)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from .client import Client
+
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = [ChatMessage(role="user", content=text)] if arguments.chat else text
+    with Client(arguments.address) as client:
+        _print_stream(client, prompt, _sampling(arguments))
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    import readline  # noqa: F401  line editing and history for input()
+
+    from .client import Client
+
+    messages = [ChatMessage(role="system", content=arguments.system)] if arguments.system else []
+    with Client(arguments.address) as client:
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                print()
+                return 0
+            if not line.strip():
+                continue
+            asked = [*messages, ChatMessage(role="user", content=line)]
+            try:
+                answer = _print_stream(client, asked, _sampling(arguments))
+            except KeyboardInterrupt:  # ends the answer, not the conversation
+                print()
+                continue
+            messages = [*asked, ChatMessage(role="assistant", content=answer)]
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in SAMPLING_OPTIONS if name in arguments}
+
+
+def _print_stream(client: Any, prompt: Any, sampling: dict[str, Any]) -> str:
+    """Print a completion as it comes; its whole text."""
+    parts: list[str] = []
+    with closing(client.stream(prompt, **sampling)) as deltas:
+        for delta in deltas:
+            parts.append(delta.text)
+            print(delta.text, end="", flush=True)
+    print()
+    return "".join(parts)

@@ -1,0 +1,125 @@
+"""The whole engine on a tiny random model, against transformers and against itself."""
+
+from __future__ import annotations
+
+import torch
+from lowbit.kernels.cpu import CpuBackend
+from lowbit.server.config import EngineConfig
+from lowbit.server.engine.build import build_engine
+from lowbit.server.engine.engine import LLMEngine
+from lowbit.server.model.loader import load_decoder
+from lowbit.server.types import FinishReason, SamplingParams
+from tiny import TinyModel
+
+BYTES_PER_BLOCK = 16 * 2 * 2 * 2 * 16  # tokens x (keys, values) x layers x KV heads x D, elements
+
+
+def make_engine(
+    tiny: TinyModel, precision: str = "bfloat16", *, num_blocks: int = 64, **settings: int
+) -> LLMEngine:
+    backend = CpuBackend(precision)
+    per_block = BYTES_PER_BLOCK * backend.kv_dtype.itemsize
+    config = EngineConfig(kv_cache_memory_bytes=num_blocks * per_block, **settings)
+    return build_engine(load_decoder(tiny.folder, backend), config)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (length,), generator=generator).tolist()
+
+
+def run(engine: LLMEngine, requests: dict[str, tuple[list[int], SamplingParams]]) -> dict:
+    for request_id, (tokens, params) in requests.items():
+        engine.add(engine.new_sequence(request_id, tokens, params))
+    received: dict[str, list[int]] = {request_id: [] for request_id in requests}
+    preemptions = 0
+    while engine.has_work:
+        for output in engine.step():
+            received[output.request_id].append(output.token_id)
+        preemptions += engine.last_step.num_preemptions
+    received["preemptions"] = preemptions
+    engine.scheduler.check_integrity()
+    return received
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+REQUESTS = {f"r{i}": (prompt(11 + 7 * i, seed=i), GREEDY) for i in range(8)}
+
+
+def test_greedy_tokens_are_those_of_transformers(tiny_model: TinyModel) -> None:
+    tokens, _ = REQUESTS["r3"]
+    expected = tiny_model.oracle.generate(
+        torch.tensor([tokens]),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.int64),
+        max_new_tokens=40,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, len(tokens) :].tolist()
+    received = run(make_engine(tiny_model, "float32"), {"r3": (tokens, GREEDY)})
+    assert received["r3"] == expected
+
+
+def test_greedy_tokens_are_the_same_alone_in_a_crowd_and_after_preemption(
+    tiny_model: TinyModel,
+) -> None:
+    alone = {}
+    for request_id, request in REQUESTS.items():
+        alone |= run(make_engine(tiny_model), {request_id: request})
+    crowd = run(make_engine(tiny_model), REQUESTS)
+    chunked = run(make_engine(tiny_model, max_num_seqs=8, max_num_batched_tokens=13), REQUESTS)
+    starved = run(make_engine(tiny_model, num_blocks=9), REQUESTS)
+    assert crowd["preemptions"] == 0
+    assert starved["preemptions"] > 3
+    for request_id in REQUESTS:
+        assert crowd[request_id] == alone[request_id]
+        assert chunked[request_id] == alone[request_id]
+        assert starved[request_id] == alone[request_id]
+
+
+def test_seeded_samples_do_not_depend_on_the_batch(tiny_model: TinyModel) -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.95, seed=7, max_tokens=30, ignore_eos=True)
+    request = {"mine": (prompt(20, seed=5), params)}
+    alone = run(make_engine(tiny_model), request)
+    strangers = {
+        f"s{i}": (prompt(9 + i, seed=50 + i), SamplingParams(max_tokens=30)) for i in range(6)
+    }
+    crowd = run(make_engine(tiny_model, num_blocks=10), {**strangers, **request})
+    assert crowd["preemptions"] > 0
+    assert crowd["mine"] == alone["mine"]
+    other = SamplingParams(temperature=1.0, top_p=0.95, seed=8, max_tokens=30, ignore_eos=True)
+    assert (
+        run(make_engine(tiny_model), {"mine": (prompt(20, seed=5), other)})["mine"] != alone["mine"]
+    )
+
+
+def test_a_stop_token_ends_the_sequence_and_is_reported(tiny_model: TinyModel) -> None:
+    tokens, _ = REQUESTS["r0"]
+    free = run(make_engine(tiny_model), {"r": (tokens, GREEDY)})["r"]
+    stop = free[10]
+    engine = make_engine(tiny_model)
+    params = SamplingParams(temperature=0, max_tokens=40, stop_token_ids=(stop,), ignore_eos=True)
+    engine.add(engine.new_sequence("r", tokens, params))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert [o.token_id for o in outputs] == free[: free.index(stop) + 1]
+    assert outputs[-1].finish_reason is FinishReason.STOP
+
+
+def test_logprobs_are_the_models_own(tiny_model: TinyModel) -> None:
+    tokens, _ = REQUESTS["r1"]
+    engine = make_engine(tiny_model, "float32")
+    params = SamplingParams(temperature=0.7, top_k=20, seed=1, max_tokens=12, ignore_eos=True)
+    engine.add(engine.new_sequence("r", tokens, params))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    sampled = [output.token_id for output in outputs]
+    with torch.inference_mode():
+        logits = tiny_model.oracle(torch.tensor([tokens + sampled])).logits[0]
+    expected = logits.log_softmax(-1)[len(tokens) - 1 : -1].gather(
+        1, torch.tensor(sampled)[:, None]
+    )
+    actual = torch.tensor([output.logprob for output in outputs])
+    torch.testing.assert_close(actual, expected[:, 0], atol=1e-3, rtol=1e-3)
