@@ -124,8 +124,8 @@ def stop(process: subprocess.Popen[str]) -> int:
 def summarize(answer: Answer, peak_bytes: int) -> None:
     report = json.loads((CHECKPOINT / "quantize_report.json").read_text())
     rows = {
-        "16-bit model": f"{report['source_bytes'] / 1e6:.1f} MB",
-        "packed checkpoint": f"{report['packed_bytes'] / 1e6:.1f} MB",
+        "16-bit model": f"{report['num_bytes_16bit'] / 1e6:.1f} MB",
+        "packed checkpoint": f"{report['num_bytes_packed'] / 1e6:.1f} MB",
         "quantization": f"{report['seconds']:.0f} s",
         "time to first token": f"{answer.time_to_first_token_seconds * 1e3:.0f} ms",
         "decoding": f"{answer.tokens_per_second:.1f} tokens/s over {answer.num_tokens} tokens",

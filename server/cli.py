@@ -5,22 +5,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import json
 import logging
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .config import EngineConfig, InvalidConfig, ServerConfig
-from .types import ChatMessage, LowbitError
+from .config import EngineConfig, ServerConfig
+from .types import LowbitError
 
 logger = logging.getLogger(__name__)
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
+REPORT_FILE = "quantize_report.json"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     except (LowbitError, ValueError, OSError) as error:
         # Refusals of ours are ValueErrors by contract; a traceback is for --log-level debug.
         logger.debug("refused", exc_info=error)
-        print(f"lowbit {arguments.command}: error: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        print(f"lowbit {arguments.command}: error: {line}", file=sys.stderr)
         return EXIT_FAILURE
     return status
 
@@ -86,11 +87,38 @@ def _add_quantize(commands: Commands) -> None:
         metavar="FILE",
         help="UTF-8 text like that which the model will see; a built-in text if absent",
     )
+    parser.add_argument(
+        "--num-sequences", type=int, default=32, help="windows of the calibration text"
+    )
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of windows")
     parser.set_defaults(run=_quantize)
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from ..quant.checkpoint import QuantConfig
+    from ..quant.pipeline import quantize
+
+    config = QuantConfig(
+        bits=arguments.bits, group_size=arguments.group_size, damp_percent=arguments.damp_percent
+    )
+    report = quantize(
+        arguments.source,
+        arguments.out,
+        config,
+        calibration_file=arguments.calibration,
+        num_sequences=arguments.num_sequences,
+        sequence_length=arguments.sequence_length,
+        seed=arguments.seed,
+    )
+    (arguments.out / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=2))
+    worst = max(report.modules, key=lambda module: module.relative_error)
+    print(
+        f"wrote {arguments.out}: {report.num_bytes_16bit / 1e6:.1f} MB at 16 bits, "
+        f"{report.num_bytes_packed / 1e6:.1f} MB packed, {report.seconds:.0f} s; "
+        f"largest output error {worst.relative_error:.2%} at {worst.name}"
+    )
+    return 0
 
 
 # serve
@@ -120,10 +148,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     from .text.tokenizer import Tokenizer
 
     started = time.monotonic()
-    decoder = load_decoder(
-        arguments.checkpoint, load_backend(config.engine.backend, config.engine.cpu_precision)
-    )
+    backend = load_backend(config.engine.backend, config.engine.cpu_precision)
     tokenizer = Tokenizer.from_folder(arguments.checkpoint)
+    decoder = load_decoder(arguments.checkpoint, backend)
     engine = build_engine(decoder, config.engine)
     metrics = Metrics(CollectorRegistry())
     logger.info("loaded %s in %.1f s", arguments.checkpoint, time.monotonic() - started)
@@ -207,49 +234,19 @@ SAMPLING_OPTIONS = (
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from .client import Client
+    from . import terminal
 
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    prompt = [ChatMessage(role="user", content=text)] if arguments.chat else text
-    with Client(arguments.address) as client:
-        _print_stream(client, prompt, _sampling(arguments))
+    terminal.generate(arguments.address, text, as_chat=arguments.chat, **_sampling(arguments))
     return 0
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    import readline  # noqa: F401  line editing and history for input()
+    from . import terminal
 
-    from .client import Client
-
-    messages = [ChatMessage(role="system", content=arguments.system)] if arguments.system else []
-    with Client(arguments.address) as client:
-        while True:
-            try:
-                line = input("> ")
-            except EOFError:
-                print()
-                return 0
-            if not line.strip():
-                continue
-            asked = [*messages, ChatMessage(role="user", content=line)]
-            try:
-                answer = _print_stream(client, asked, _sampling(arguments))
-            except KeyboardInterrupt:  # ends the answer, not the conversation
-                print()
-                continue
-            messages = [*asked, ChatMessage(role="assistant", content=answer)]
+    terminal.chat(arguments.address, arguments.system, **_sampling(arguments))
+    return 0
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in SAMPLING_OPTIONS if name in arguments}
-
-
-def _print_stream(client: Any, prompt: Any, sampling: dict[str, Any]) -> str:
-    """Print a completion as it comes; its whole text."""
-    parts: list[str] = []
-    with closing(client.stream(prompt, **sampling)) as deltas:
-        for delta in deltas:
-            parts.append(delta.text)
-            print(delta.text, end="", flush=True)
-    print()
-    return "".join(parts)

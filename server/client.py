@@ -18,6 +18,9 @@ from ..proto import generation_pb2 as pb
 from ..proto import generation_pb2_grpc as pb_grpc
 from .types import ChatMessage, ChatRole, FinishReason
 
+RpcError = grpc.RpcError
+"""What every call raises when it fails."""
+
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 

@@ -43,6 +43,7 @@ ALLOWED = {
         "proto",
     },
     "server.client": {"proto", "server.types"},
+    "server.terminal": {"server.client", "server.types"},
     "server.cli": {"server", "quant", "kernels"},
 }
 # Third-party package -> the only places that may import it.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 from lowbit.server.config import ServerConfig
 from lowbit.server.engine.async_engine import AsyncEngine
@@ -14,53 +17,67 @@ from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.engine.scheduler import SchedulerOutput
 from lowbit.server.engine.sequence import SampledToken, Sequence
 from lowbit.server.metrics import Metrics
+from lowbit.server.rpc import server as server_module
 from lowbit.server.rpc.server import GenerationServer
-from lowbit.server.text.tokenizer import Tokenizer
+from lowbit.server.rpc.servicer import TextCodec
+from lowbit.server.text.detokenizer import Detokenizer
+from lowbit.server.types import ChatMessage
 from prometheus_client import CollectorRegistry
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
 
-BOS, EOS, VOCAB_SIZE = 256, 257, 320
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message.content == 'refuse me' %}{{ raise_exception('not this') }}{% endif %}"
-    "[{{ message.role }}] {{ message.content }}\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
+EOS, VOCAB_SIZE = 257, 320
 
 
-def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token per byte, whose id is the byte."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    alphabet = {byte: chr(byte) for byte in shown}
-    alphabet |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-    backend = Backend(models.BPE({letter: byte for byte, letter in alphabet.items()}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<bos>"), AddedToken("<eos>")])
-    pretrained = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>"
-    )
-    pretrained.chat_template = chat_template
-    return pretrained
+class ByteCodec:
+    """One token per byte, whose id is the byte; no special tokens, no template."""
+
+    max_characters_per_token = 1
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: SequenceOf[ChatMessage]) -> list[int]:
+        return self.encode("".join(f"[{each.role}] {each.content}\n" for each in messages))
+
+    def detokenizer(self, stop: SequenceOf[str] = (), context: SequenceOf[int] = ()) -> Detokenizer:
+        return Detokenizer(self._decode, special_token_ids=frozenset({EOS}), stop=stop)
+
+    def _decode(self, token_ids: SequenceOf[int]) -> str:
+        return bytes(token_ids).decode("utf-8", "replace")
 
 
 class RecitingRunner:
-    """Answers every prompt with the same bytes, then the end of the sequence."""
+    """Answers every prompt with the same bytes, then the end of the sequence.
+
+    A gated one takes the steps that it is allowed, and waits inside the next.
+    """
 
     def __init__(
-        self, reply: bytes = b"Hello, world!", *, endless: bool = False, step_seconds: float = 0.0
+        self,
+        reply: bytes = b"Hello, world!",
+        *,
+        endless: bool = False,
+        step_seconds: float = 0.0,
+        gated: bool = False,
     ) -> None:
         self.reply = reply
         self.endless = endless
         self.step_seconds = step_seconds
         self.fails = False
         self.num_steps = 0
+        self._gated = gated
+        self._permits = threading.Semaphore(0)
+
+    def allow(self, num_steps: int) -> None:
+        self._permits.release(num_steps)
+
+    def open(self) -> None:
+        """Wait no more."""
+        self._gated = False
+        self._permits.release()
 
     def execute(self, output: SchedulerOutput) -> list[SampledToken]:
+        if self._gated:
+            self._permits.acquire()
         self.num_steps += 1
         time.sleep(self.step_seconds)
         if self.fails:
@@ -78,6 +95,7 @@ class RecitingRunner:
 class Rig:
     """A server and the parts that tests look at."""
 
+    config: ServerConfig
     server: GenerationServer
     engine: AsyncEngine
     llm: LLMEngine
@@ -96,6 +114,12 @@ class Rig:
         assert value is not None
         return value
 
+    async def wait_ended(self, finish_reason: str, number: int) -> None:
+        """Raises TimeoutError."""
+        async with asyncio.timeout(5):
+            while self.ended(finish_reason) < number:
+                await asyncio.sleep(0.001)
+
     async def wait_blocks_free(self) -> None:
         """Raises TimeoutError when blocks stay used although nobody waits for a token."""
         async with asyncio.timeout(5):
@@ -109,7 +133,7 @@ def make_rig(
     *,
     num_blocks: int = 64,
     max_model_len: int = 512,
-    chat_template: str | None = CHAT_TEMPLATE,
+    tokenizer: TextCodec | None = None,
     config: ServerConfig | None = None,
 ) -> Rig:
     config = config or ServerConfig(port=0, metrics_port=0)
@@ -124,14 +148,30 @@ def make_rig(
         eos_token_ids=frozenset({EOS}),
     )
     engine = AsyncEngine(llm, on_step=metrics.observe_step)
-    tokenizer = Tokenizer(byte_tokenizer(chat_template))
-    return Rig(GenerationServer(config, engine, tokenizer, metrics), engine, llm, runner, metrics)
+    tokenizer = tokenizer or ByteCodec()
+    server = GenerationServer(config, engine, tokenizer, metrics)
+    return Rig(config, server, engine, llm, runner, metrics)
+
+
+class NoMetricsServer:
+    """In place of prometheus_client's, which takes half a second to close."""
+
+    port = 0
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 @asynccontextmanager
-async def running(rig: Rig) -> AsyncIterator[Rig]:
+async def running(rig: Rig, *, with_metrics: bool = False) -> AsyncIterator[Rig]:
+    metrics_server = server_module.start_metrics_server if with_metrics else NoMetricsServer
     try:
-        await rig.server.start()
+        with patch.object(server_module, "start_metrics_server", metrics_server):
+            await rig.server.start()
         yield rig
     finally:
+        rig.runner.open()
         await rig.server.stop()

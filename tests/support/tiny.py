@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from byte_tokenizer import byte_tokenizer
 from lowbit.kernels.packing import PackedWeight, dequantize, num_groups, pack_codes
 from lowbit.quant.checkpoint import QuantConfig, gptq_tensors, write_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -90,5 +91,9 @@ def build_tiny_model(
         if not name.removesuffix(".weight").endswith(PROJECTIONS):
             tensors[name] = parameter.data.to(torch.float16).clone()
     config = {**oracle.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
-    write_checkpoint(folder, tensors, config, quant)
+    write_checkpoint(folder, tensors, config, quant, write_extras=_write_tokenizer)
     return TinyModel(folder, oracle)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    byte_tokenizer().save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""The wire format of lowbit.v1 and its generated code."""

@@ -1,0 +1,1 @@
+"""gRPC: servicers, error table, health, drain."""

@@ -1,0 +1,77 @@
+"""The wire's messages to the server's own types, and back. Knows no sockets and no engine."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Final
+
+from ...proto import generation_pb2 as pb
+from ..types import (
+    MAX_REQUEST_ID_CHARACTERS,
+    ChatMessage,
+    ChatRole,
+    FinishReason,
+    InvalidRequest,
+    SamplingParams,
+)
+
+FINISH_REASONS: Final = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+_ROLES: Final[dict[int, ChatRole]] = {
+    pb.CHAT_ROLE_SYSTEM: "system",
+    pb.CHAT_ROLE_USER: "user",
+    pb.CHAT_ROLE_ASSISTANT: "assistant",
+}
+
+
+def new_request_id() -> str:
+    return uuid.uuid4().hex
+
+
+def request_id_of(request: pb.GenerateRequest) -> str | None:
+    """The caller's id, if there is one. Raises InvalidRequest."""
+    request_id = request.request_id
+    if not request_id:
+        return None
+    if len(request_id) > MAX_REQUEST_ID_CHARACTERS:
+        raise InvalidRequest(
+            f"request_id has {len(request_id)} characters; "
+            f"it may have at most {MAX_REQUEST_ID_CHARACTERS}"
+        )
+    if not (request_id.isascii() and request_id.isprintable()):
+        raise InvalidRequest(f"request_id is {request_id!a}; it must be printable ASCII")
+    return request_id
+
+
+def token_ids_of(token_ids: pb.TokenIds, max_model_len: int) -> list[int]:
+    """Raises InvalidRequest."""
+    # The engine checks the length too, but 4 MiB are four million ids to copy before.
+    if not 1 <= len(token_ids.ids) <= max_model_len:
+        raise InvalidRequest(
+            f"token_ids holds {len(token_ids.ids)} ids; "
+            f"it must hold 1 to {max_model_len} (max_model_len)"
+        )
+    return list(token_ids.ids)
+
+
+def chat_of(chat: pb.Chat) -> list[ChatMessage]:
+    """Raises InvalidRequest."""
+    if not chat.messages:
+        raise InvalidRequest("chat.messages is empty; it must hold at least 1 message")
+    for i, message in enumerate(chat.messages):
+        if message.role not in _ROLES:
+            known = ", ".join(f"{number} ({role})" for number, role in _ROLES.items())
+            raise InvalidRequest(
+                f"chat.messages[{i}].role is {int(message.role)}; it must be one of {known}"
+            )
+    return [ChatMessage(role=_ROLES[each.role], content=each.content) for each in chat.messages]
+
+
+def sampling_params_of(sampling: pb.SamplingParams) -> SamplingParams:
+    """What is set, the rest at its default. Raises InvalidRequest."""
+    given = {field.name: value for field, value in sampling.ListFields() if not field.is_repeated}
+    return SamplingParams(
+        **given, stop=tuple(sampling.stop), stop_token_ids=tuple(sampling.stop_token_ids)
+    )

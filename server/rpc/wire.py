@@ -1,0 +1,98 @@
+"""Bytes to a GenerateRequest, or an error that says where they are wrong.
+
+protobuf's own parser says of bad bytes only that they are bad, and says nothing of fields that it
+does not know.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from ...proto import generation_pb2 as pb
+from ..types import MAX_CHAT_MESSAGES, InvalidRequest
+from .errors import UnsupportedField
+
+_REQUEST_NAME = pb.GenerateRequest.DESCRIPTOR.full_name
+
+
+def parse_request(data: bytes) -> pb.GenerateRequest:
+    """Raises InvalidRequest or UnsupportedField."""
+    try:
+        request = pb.GenerateRequest.FromString(data)
+    except DecodeError:
+        raise InvalidRequest(_why_undecodable(data)) from None
+    # 4 MiB can hold two million chat messages; looking at each would take seconds.
+    num_messages = len(request.chat.messages)
+    if num_messages > MAX_CHAT_MESSAGES:
+        raise InvalidRequest(
+            f"chat.messages holds {num_messages} messages; it may hold at most {MAX_CHAT_MESSAGES}"
+        )
+    _refuse_unknown_fields(request)
+    return request
+
+
+def _refuse_unknown_fields(request: Message) -> None:
+    for path, message in _messages(request):
+        unknown = UnknownFieldSet(message)
+        if len(unknown) > 0:
+            name = path.rstrip(".") or _REQUEST_NAME
+            raise UnsupportedField(
+                f"{name} holds field number {unknown[0].field_number}, "
+                "which this server does not know, or knows with another type"
+            )
+
+
+def _why_undecodable(data: bytes) -> str:
+    try:
+        message = _bytes_twin().FromString(data)
+    except DecodeError:
+        return f"the {len(data)} bytes of the request are not a {_REQUEST_NAME}"
+    for path, part in _messages(message):
+        for name, value in _items(part, FieldDescriptor.TYPE_BYTES):
+            try:
+                value.decode()
+            except UnicodeDecodeError as error:
+                return (
+                    f"{path}{name} is not valid UTF-8: "
+                    f"byte 0x{value[error.start]:02x} at offset {error.start}"
+                )
+    raise AssertionError("protobuf refused what is valid")
+
+
+@functools.cache
+def _bytes_twin() -> type[Message]:
+    """GenerateRequest with bytes for every string, which takes what is not UTF-8."""
+    file = descriptor_pb2.FileDescriptorProto()
+    pb.DESCRIPTOR.CopyToProto(file)
+    del file.service[:]
+    for message in file.message_type:
+        for field in message.field:
+            if field.type == FieldDescriptor.TYPE_STRING:
+                field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(_REQUEST_NAME))
+
+
+def _messages(message: Message, path: str = "") -> Iterator[tuple[str, Message]]:
+    """The message and all messages in it, each with its path: "", "chat.", "chat.messages[0]."."""
+    yield path, message
+    for name, part in _items(message, FieldDescriptor.TYPE_MESSAGE):
+        yield from _messages(part, f"{path}{name}.")
+
+
+def _items(message: Message, kind: int) -> Iterator[tuple[str, Any]]:
+    """The values that the message's fields of one type hold, each with its name."""
+    for field, value in message.ListFields():
+        if field.type == kind:
+            if field.is_repeated:
+                yield from ((f"{field.name}[{i}]", item) for i, item in enumerate(value))
+            else:
+                yield field.name, value

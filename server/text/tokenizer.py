@@ -1,0 +1,92 @@
+"""A model's own tokenizer and chat template, read from its folder. Runs no code of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ..types import MAX_CHAT_MESSAGES, ChatMessage, InvalidRequest
+from .detokenizer import Detokenizer
+
+
+class Tokenizer:
+    """Text to token ids and back. Threads may share it.
+
+    Encoding a long prompt takes long, and lets other threads run meanwhile.
+    """
+
+    def __init__(self, pretrained: PreTrainedTokenizerFast) -> None:
+        self._pretrained = pretrained
+        # Without transformers' own layer: it computes offsets that nobody needs (three times the
+        # time at 4 MiB of text) and costs more than the decoding itself.
+        self._backend = pretrained.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        added = self._backend.get_added_tokens_decoder()
+        self._special_token_ids = frozenset(
+            {token_id for token_id, token in added.items() if token.special}
+        )
+        self.max_characters_per_token = max(map(len, self._backend.get_vocab()))
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Self:
+        """Raises FileNotFoundError or ValueError for a folder that holds no usable tokenizer."""
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"{path} is not a folder; it must hold a model's tokenizer")
+        try:
+            pretrained = AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no tokenizer can be read from {path}: {error}") from error
+        if not isinstance(pretrained, PreTrainedTokenizerFast):
+            raise ValueError(
+                f"the tokenizer in {path} is a {type(pretrained).__name__}; "
+                "only those that the tokenizers library runs are supported"
+            )
+        return cls(pretrained)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, with the special tokens that the tokenizer adds by itself."""
+        return self._encode(text, add_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The ids of a conversation, up to where the assistant speaks next.
+
+        Raises InvalidRequest when there is no message, too many of them, no template, or when the
+        template refuses them.
+        """
+        if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
+            raise InvalidRequest(
+                f"chat has {len(messages)} messages; it must have 1 to {MAX_CHAT_MESSAGES}"
+            )
+        if self._pretrained.chat_template is None:
+            raise InvalidRequest("chat is set; this model has no chat template, so send text")
+        conversation = [{"role": each.role, "content": each.content} for each in messages]
+        try:
+            text = self._pretrained.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise InvalidRequest(f"chat is refused by the model's template: {error}") from error
+        assert isinstance(text, str)
+        # The template has written the special tokens already.
+        return self._encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some tokens, special ones left out."""
+        return self._backend.decode(token_ids, skip_special_tokens=True)
+
+    def detokenizer(self, stop: Sequence[str] = (), context: Sequence[int] = ()) -> Detokenizer:
+        """For one completion; see `Detokenizer` for what `context` changes."""
+        return Detokenizer(
+            self.decode, special_token_ids=self._special_token_ids, stop=stop, context=context
+        )
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+from lowbit.proto.regenerate import OUTPUTS, PROTO_FOLDER, regenerate
+
+
+def test_the_committed_code_is_what_the_generator_makes(tmp_path: Path) -> None:
+    regenerate(tmp_path)
+    for name in OUTPUTS:
+        assert (tmp_path / name).read_bytes() == (PROTO_FOLDER / name).read_bytes(), name
+
+
+def test_every_field_is_explained() -> None:
+    lines = (PROTO_FOLDER / "generation.proto").read_text().splitlines()
+    fields = [
+        (line, above) for above, line in pairwise(lines) if re.search(r"^ +[a-z].* = \d+;", line)
+    ]
+    assert len(fields) > 20
+    assert [line for line, above in fields if not above.strip().startswith("//")] == []

@@ -1,0 +1,194 @@
+"""Every way a request ends before its completion does, and how the server itself ends."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+
+import grpc
+import grpc.aio
+import pytest
+from grpc import StatusCode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from lowbit.server.client import AsyncClient, Delta
+from lowbit.server.config import ServerConfig
+from lowbit.server.types import CannotListen
+from serving import RecitingRunner, Rig, make_rig, running
+
+CONFIG = ServerConfig(port=0, metrics_port=0)
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    """Completions do not end by themselves, and every step waits to be allowed."""
+    async with running(make_rig(RecitingRunner(endless=True, gated=True))) as rig:
+        yield rig
+
+
+@pytest.fixture
+async def client(rig: Rig) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(rig.address) as client:
+        yield client
+
+
+async def assert_one_more_step_at_most(rig: Rig, num_steps: int) -> None:
+    """The server knows of the end while the engine waits inside the step after `num_steps`."""
+    await rig.wait_ended("cancelled", 1)
+    rig.runner.open()
+    await rig.wait_blocks_free()
+    assert rig.runner.num_steps == num_steps + 1
+
+
+async def test_closing_a_stream_stops_the_generation(rig: Rig, client: AsyncClient) -> None:
+    rig.runner.allow(3)
+    async with aclosing(client.stream("Hi")) as stream:
+        assert [(await anext(stream)).text for _ in range(3)] == ["H", "e", "l"]
+    await assert_one_more_step_at_most(rig, 3)
+
+
+async def test_cancelling_a_unary_call_stops_the_generation(rig: Rig, client: AsyncClient) -> None:
+    rig.runner.allow(3)
+    call = asyncio.create_task(client.generate("Hi"))
+    while rig.runner.num_steps < 3:
+        await asyncio.sleep(0.001)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await assert_one_more_step_at_most(rig, 3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_deadline_stops_the_generation(
+    rig: Rig, client: AsyncClient, streaming: bool
+) -> None:
+    rig.runner.allow(3)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        if streaming:
+            async for _ in client.stream("Hi", timeout_seconds=0.2):
+                pass
+        else:
+            await client.generate("Hi", timeout_seconds=0.2)
+    assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
+    await assert_one_more_step_at_most(rig, 3)
+
+
+async def test_a_client_that_drops_its_connection_stops_the_generation(rig: Rig) -> None:
+    rig.runner.allow(1)
+    client = AsyncClient(rig.address)
+    stream = client.stream("Hi")
+    await anext(stream)
+    await client.close()
+    await assert_one_more_step_at_most(rig, 1)
+
+
+async def test_no_block_is_lost_in_a_storm_of_random_ends() -> None:
+    chance = random.Random(0)
+    runner = RecitingRunner(endless=True, step_seconds=0.0002)
+
+    async def one(client: AsyncClient) -> None:
+        patience = chance.uniform(0, 0.03)
+        stream = client.stream("Hi", max_tokens=chance.randint(1, 60), timeout_seconds=patience)
+        try:
+            async with aclosing(stream):
+                for _ in range(chance.randint(0, 60)):
+                    await anext(stream)
+        except StopAsyncIteration:
+            pass
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is StatusCode.DEADLINE_EXCEEDED
+
+    async with running(make_rig(runner)) as rig, AsyncClient(rig.address) as client:
+        await client.wait_until_serving()
+        for _ in range(10):
+            await asyncio.gather(*(one(client) for _ in range(50)))
+        await rig.wait_blocks_free()
+        assert rig.ended("cancelled") > 0
+        assert rig.ended("error") == 0
+
+
+async def test_a_drain_lets_running_requests_finish_and_refuses_new_ones() -> None:
+    runner = RecitingRunner(gated=True)
+    async with running(make_rig(runner)) as rig, AsyncClient(rig.address) as client:
+        runner.allow(1)
+        stream = client.stream("Hi")
+        text = (await anext(stream)).text
+        drain = asyncio.create_task(rig.server.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(grpc.aio.AioRpcError, match="shutting down") as caught:
+            await client.generate("Hi")
+        assert caught.value.code() is StatusCode.UNAVAILABLE
+        assert rig.ended("draining") == 1
+        assert not drain.done()
+        runner.open()
+        text += "".join([delta.text async for delta in stream])
+        assert text == "Hello, world!"
+        await asyncio.wait_for(drain, 5)
+
+
+async def finish(client: AsyncClient) -> list[Delta] | grpc.aio.AioRpcError:
+    try:
+        return [delta async for delta in client.stream("Hi")]
+    except grpc.aio.AioRpcError as error:
+        return error
+
+
+async def test_requests_that_outlast_the_grace_are_told_so() -> None:
+    runner = RecitingRunner(endless=True, step_seconds=0.001)
+    rig = make_rig(runner, config=replace(CONFIG, drain_grace_seconds=0.01))
+    async with running(rig), AsyncClient(rig.address) as client:
+        requests = [asyncio.create_task(finish(client)) for _ in range(3)]
+        while rig.llm.scheduler.num_running < 3:
+            await asyncio.sleep(0.001)
+        await rig.server.drain()
+        await rig.server.stop()
+        for error in await asyncio.gather(*requests):
+            assert isinstance(error, grpc.aio.AioRpcError)
+            assert error.code() is StatusCode.UNAVAILABLE
+            assert "the server stopped before the request was finished" in (error.details() or "")
+
+
+async def test_a_drain_can_be_hurried() -> None:
+    runner = RecitingRunner(endless=True, step_seconds=0.001)
+    async with running(make_rig(runner)) as rig, AsyncClient(rig.address) as client:
+        request = asyncio.create_task(finish(client))
+        while rig.runner.num_steps == 0:
+            await asyncio.sleep(0.001)
+        drain = asyncio.create_task(rig.server.drain())
+        rig.server.hurry()
+        await asyncio.wait_for(drain, 5)
+        await rig.server.stop()
+        assert isinstance(await request, grpc.aio.AioRpcError)
+
+
+async def test_an_open_health_watch_does_not_hold_the_end_up() -> None:
+    async with (
+        running(make_rig()) as rig,
+        grpc.aio.insecure_channel(rig.address) as channel,
+    ):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        await watch.read()
+        async with asyncio.timeout(1):
+            await rig.server.drain()
+            await rig.server.stop()
+        watch.cancel()
+
+
+@pytest.mark.parametrize("which", ["port", "metrics_port"])
+async def test_a_port_in_use_is_one_clear_error(which: str, capfd: pytest.CaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        rig = make_rig(config=replace(CONFIG, **{which: port}))
+        with pytest.raises(CannotListen, match=rf"127\.0\.0\.1:{port}: Address already in use"):
+            async with running(rig, with_metrics=True):
+                pass
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_a_host_that_is_not_this_machine_is_one_clear_error() -> None:
+    with pytest.raises(CannotListen, match=r"cannot listen on 192\.0\.2\.1:0: Cannot assign"):
+        async with running(make_rig(config=replace(CONFIG, host="192.0.2.1"))):
+            pass

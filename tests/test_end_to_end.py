@@ -1,0 +1,175 @@
+"""The real model: quantized, loaded, served through a real socket, against transformers."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import inspect
+import re
+import signal
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from lowbit.kernels.cpu import CpuBackend
+from lowbit.quant.evaluate import load_dequantized
+from lowbit.server.client import Client
+from lowbit.server.config import EngineConfig
+from lowbit.server.engine.build import build_engine
+from lowbit.server.engine.engine import LLMEngine
+from lowbit.server.model.loader import load_decoder
+from lowbit.server.text.tokenizer import Tokenizer
+from lowbit.server.types import ChatMessage, FinishReason, SamplingParams
+from stepping import Prompt, caches_for, run_step
+from transformers import LlamaForCausalLM
+
+pytestmark = pytest.mark.slow
+
+LOWBIT = str(Path(sysconfig.get_path("scripts")) / "lowbit")
+NUM_TOKENS = 2000
+QUESTION = [ChatMessage(role="user", content="What is the capital of France?")]
+
+
+@pytest.fixture(scope="module")
+def oracle(real_checkpoint: Path) -> LlamaForCausalLM:
+    return load_dequantized(real_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def text_ids(real_checkpoint: Path) -> list[int]:
+    """Text of another kind than the calibration's: source code and its comments."""
+    source = inspect.getsource(collections) + inspect.getsource(argparse)
+    return Tokenizer.from_folder(real_checkpoint).encode(source)[:NUM_TOKENS]
+
+
+@pytest.mark.parametrize(
+    ("precision", "min_agreement", "max_difference"),
+    [("float32", 0.9995, 0.005), ("bfloat16", 0.97, 1.5)],
+)
+def test_logits_agree_with_transformers(
+    real_checkpoint: Path,
+    oracle: LlamaForCausalLM,
+    text_ids: list[int],
+    precision: str,
+    min_agreement: float,
+    max_difference: float,
+) -> None:
+    """2,000 tokens of text in chunks, each position's logits against float32 transformers."""
+    decoder = load_decoder(real_checkpoint, CpuBackend(precision))
+    prompt = Prompt(text_ids, list(range(NUM_TOKENS // 16)))
+    caches = caches_for(decoder, len(prompt.blocks))
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([text_ids])).logits[0]
+    for _ in range(0, NUM_TOKENS, 250):
+        run_step(decoder, caches, [(prompt, 250)])
+    actual = torch.stack(prompt.logits)
+    agreement = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    difference = (actual - expected).abs().max().item()
+    divergence = torch.nn.functional.kl_div(
+        actual.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
+    ).item()
+    print(
+        f"\n{precision}: top-1 agreement {agreement:.2%} on {NUM_TOKENS} tokens, largest logit "
+        f"difference {difference:.4f} (logits' deviation {expected.std():.2f}), KL {divergence:.1e}"
+    )
+    assert agreement >= min_agreement
+    assert difference <= max_difference
+    assert divergence <= 5e-3
+
+
+def completions(engine: LLMEngine, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+    for request_id, prompt in prompts.items():
+        engine.add(engine.new_sequence(request_id, prompt, params))
+    received: dict[str, list[int]] = {request_id: [] for request_id in prompts}
+    received["preemptions"] = []
+    while engine.has_work:
+        for output in engine.step():
+            assert output.token_id is not None
+            received[output.request_id].append(output.token_id)
+        received["preemptions"] += [1] * engine.last_step.num_preemptions
+    return received
+
+
+def test_greedy_tokens_alone_in_a_crowd_and_after_preemption(
+    real_checkpoint: Path, text_ids: list[int]
+) -> None:
+    decoder = load_decoder(real_checkpoint, CpuBackend("bfloat16"))
+    prompts = {f"r{i}": text_ids[i * 150 : i * 150 + 20 + 13 * i] for i in range(8)}
+    block_bytes = 16 * 30 * 2 * 3 * 64 * 2
+    tight = EngineConfig(kv_cache_memory_bytes=24 * block_bytes)
+    crowd = completions(build_engine(decoder, EngineConfig()), prompts)
+    starved = completions(build_engine(decoder, tight), prompts)
+    assert not crowd["preemptions"]
+    assert starved["preemptions"]
+    for request_id, prompt in prompts.items():
+        alone = completions(build_engine(decoder, EngineConfig()), {request_id: prompt})
+        assert crowd[request_id] == alone[request_id]
+        assert starved[request_id] == alone[request_id]
+
+
+@contextmanager
+def serving(checkpoint: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [LOWBIT, "serve", str(checkpoint), "--port", "0", "--metrics-port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        found = re.search(r" on (\S+:\d+);", process.stdout.readline())
+        assert found is not None
+        yield process, found[1]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_a_server_answers_as_transformers_would_and_ends_cleanly(
+    real_checkpoint: Path, oracle: LlamaForCausalLM
+) -> None:
+    tokenizer = Tokenizer.from_folder(real_checkpoint)
+    prompt = tokenizer.encode_chat(QUESTION)
+    expected = oracle.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=40,
+        do_sample=False,
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()
+    with serving(real_checkpoint, "--cpu-precision", "float32") as (process, address):
+        with Client(address) as client:
+            client.wait_until_serving()
+            deltas = list(client.stream(QUESTION, temperature=0, max_tokens=40))
+            whole = client.generate(QUESTION, temperature=0, max_tokens=40)
+            with pytest.raises(grpc.RpcError) as refusal:
+                client.generate(QUESTION, temperature=-1)
+            assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "temperature is -1" in refusal.value.details()
+        streamed = [token.id for delta in deltas for token in delta.tokens]
+        assert streamed == expected
+        assert "".join(delta.text for delta in deltas) == whole.text
+        assert "Paris" in whole.text
+        assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+        assert deltas[-1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        assert deltas[-1].usage is not None
+        assert deltas[-1].usage.prompt_tokens == len(prompt)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def test_ctrl_c_drains_too(real_checkpoint: Path) -> None:
+    with serving(real_checkpoint) as (process, address):
+        with Client(address) as client:
+            client.wait_until_serving()
+            stream = client.stream("Once upon a time", max_tokens=60, ignore_eos=True)
+            next(stream)
+            process.send_signal(signal.SIGINT)
+            rest = list(stream)
+        assert rest[-1].finish_reason is FinishReason.LENGTH
+        assert process.wait(30) == 0
