@@ -75,7 +75,7 @@ class RescoredHead:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Sequences with one new token each and contexts of similar length."""
+    """Sequences with one new token each and contexts of similar length, in the step's order."""
 
     rows: Tensor  # [b] int64, rows of the step
     blocks: Tensor  # [b * blocks] int32
@@ -199,6 +199,8 @@ class CpuBackend(KernelBackend):
     def attention(self, q: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
         assert isinstance(plan, CpuPlan)
         wide = q.to(torch.float64)
+        if len(plan.decodes) == 1 and not plan.prefills:
+            return _attend_decode(wide, cache, plan.decodes[0], scale).flatten(1).to(torch.float32)
         out = torch.empty_like(wide)
         for group in plan.decodes:
             out[group.rows] = _attend_decode(wide[group.rows], cache, group, scale)

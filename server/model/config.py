@@ -28,8 +28,11 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
-        """Read the keys that transformers writes. Raises CheckpointError naming the key."""
+    def from_hf(cls, config: dict[str, Any], generation_config: dict[str, Any]) -> ModelConfig:
+        """Read the keys that transformers writes to config.json and generation_config.json.
+
+        Raises CheckpointError naming the key.
+        """
         architectures = config.get("architectures") or []
         if not any(name in SUPPORTED_ARCHITECTURES for name in architectures):
             raise CheckpointError(
@@ -57,7 +60,8 @@ class ModelConfig:
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=float(_rope(config).get("rope_theta", config.get("rope_theta", 10000.0))),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            eos_token_ids=_eos_token_ids(config),
+            # An instruct model's end of turn often stands in generation_config.json alone.
+            eos_token_ids=_eos_token_ids(config) | _eos_token_ids(generation_config),
         )
 
 

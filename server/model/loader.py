@@ -19,7 +19,7 @@ def load_decoder(folder: Path, backend: KernelBackend) -> Decoder:
     Raises CheckpointError naming the file, the tensor and the reason.
     """
     reader = CheckpointReader(folder)
-    config = ModelConfig.from_hf(reader.config)
+    config = ModelConfig.from_hf(reader.config, reader.generation_config)
     hidden = config.hidden_size
     embedding = reader.take("model.embed_tokens.weight", shape=(config.vocab_size, hidden))
     if config.tie_word_embeddings:

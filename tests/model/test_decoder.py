@@ -111,3 +111,10 @@ def test_what_cannot_be_served_is_refused_in_one_line(
         load_decoder(tiny.folder, ReferenceBackend())
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_end_of_sequence_tokens_of_both_configs_count(tmp_path: Path) -> None:
+    tiny = build_tiny_model(tmp_path / "m")
+    (tiny.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    decoder = load_decoder(tiny.folder, ReferenceBackend())
+    assert decoder.config.eos_token_ids == {257, 7, 9}

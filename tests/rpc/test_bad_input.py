@@ -208,8 +208,9 @@ async def test_more_requests_than_the_server_holds() -> None:
         config=ServerConfig(port=0, metrics_port=0, engine=engine),
     )
     async with running(rig), AsyncClient(rig.address) as client:
-        running_, waiting = client.stream("Hi"), asyncio.create_task(client.generate("Hi"))
+        running_ = client.stream("Hi")
         await anext(running_)
+        waiting = asyncio.create_task(client.generate("Hi"))
         while rig.llm.scheduler.num_waiting == 0:
             await asyncio.sleep(0.001)
         with pytest.raises(grpc.aio.AioRpcError, match="the server holds 2 requests") as caught:

@@ -108,9 +108,10 @@ class Rig:
 
     def ended(self, finish_reason: str) -> float:
         """How many requests ended so."""
-        value = self.metrics.registry.get_sample_value(
-            "lowbit_requests_total", {"finish_reason": finish_reason}
-        )
+        return self._sample("requests_total", finish_reason=finish_reason)
+
+    def _sample(self, name: str, **labels: str) -> float:
+        value = self.metrics.registry.get_sample_value(f"lowbit_{name}", labels)
         assert value is not None
         return value
 
@@ -123,8 +124,9 @@ class Rig:
     async def wait_blocks_free(self) -> None:
         """Raises TimeoutError when blocks stay used although nobody waits for a token."""
         async with asyncio.timeout(5):
-            while self.llm.scheduler.block_manager.usage_ratio or self.llm.has_work:
+            while self.llm.has_work or self._sample("requests_running") > 0:
                 await asyncio.sleep(0.001)
+        assert self.llm.scheduler.block_manager.usage_ratio == 0
         self.llm.scheduler.check_integrity()
 
 

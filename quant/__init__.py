@@ -1,0 +1,1 @@
+"""Offline quantization: GPTQ from a 16-bit model to a packed checkpoint."""

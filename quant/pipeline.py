@@ -1,0 +1,247 @@
+"""The driver: a 16-bit model in, a packed checkpoint out, one decoder layer at a time.
+
+Order inside a layer is the order of its computation (q/k/v, o, gate/up, down): every Hessian is
+taken behind layers that are quantized already, so later codes make up for earlier errors. At any
+time one Hessian and one layer's fp32 weights are in memory, next to the 16-bit model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import calibration
+from .checkpoint import QuantConfig, check_output, gptq_tensors, write_checkpoint
+from .errors import QuantError, SolverError
+from .gptq import accumulate_hessian, factorize, quantize_weight, relative_error
+from .source import Source, build_model, load_source
+
+DEFAULT_NUM_SEQUENCES = 16
+DEFAULT_SEQUENCE_LENGTH = 512
+STEPS_PER_LAYER = 4  # q/k/v, o, gate/up, down
+BATCH_SIZE = 8  # sequences in one forward pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleReport:
+    """How one linear layer came out."""
+
+    name: str
+    relative_error: float  # squared output error over squared output, on the calibration text
+    damp_percent: float  # the damping that its Hessian took
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeReport:
+    """What a run did."""
+
+    seconds: float
+    num_calibration_tokens: int
+    num_bytes_16bit: int  # every weight of the source at two bytes
+    num_bytes_packed: int  # every tensor of the checkpoint written
+    modules: tuple[ModuleReport, ...]
+
+
+def quantize(
+    source: str,
+    out: Path,
+    config: QuantConfig,
+    *,
+    calibration_file: Path | None = None,
+    num_sequences: int = DEFAULT_NUM_SEQUENCES,
+    sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
+    seed: int = 0,
+    progress: bool = True,
+) -> QuantizeReport:
+    """Quantize SOURCE and write a GPTQ checkpoint to the folder `out`.
+
+    Raises a QuantError in one line: before work starts for an unsupported setting, an occupied
+    `out`, an unusable source or calibration text, too little disk space; later for a layer that
+    cannot be solved. Nothing is left in `out` then.
+    """
+    started = time.monotonic()
+    _check_config(config)
+    check_output(out)
+    text = _calibration_text(calibration_file, seed)
+    opened = load_source(source)
+    _check_finite(opened.tensors)
+    _check_disk(out, opened.tensors, config)
+    batches = _token_batches(opened, text, num_sequences, sequence_length, seed)
+    tensors, modules = _quantize_model(opened, batches, config, progress)
+    write_checkpoint(
+        out,
+        tensors,
+        {**opened.config_json, "dtype": "float16"},
+        config,
+        write_extras=opened.write_companions,
+    )
+    return QuantizeReport(
+        seconds=time.monotonic() - started,
+        num_calibration_tokens=batches.numel(),
+        num_bytes_16bit=sum(2 * tensor.numel() for tensor in opened.tensors.values()),
+        num_bytes_packed=sum(tensor.nbytes for tensor in tensors.values()),
+        modules=tuple(modules),
+    )
+
+
+@torch.inference_mode()
+def _quantize_model(
+    source: Source, batches: Tensor, config: QuantConfig, progress: bool
+) -> tuple[dict[str, Tensor], list[ModuleReport]]:
+    model = build_model(source.config, source.tensors)
+    decoder: Any = model.model
+    tensors = {
+        name: _to_fp16(name, tensor)
+        for name, tensor in source.tensors.items()
+        if not name.startswith("model.layers.") and not name.endswith("rotary_emb.inv_freq")
+    }
+    if source.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    hidden = [decoder.embed_tokens(ids).to(torch.float32) for ids in batches.split(BATCH_SIZE)]
+    positions = torch.arange(batches.shape[1]).unsqueeze(0)
+    rotary = decoder.rotary_emb(hidden[0], positions)
+    modules: list[ModuleReport] = []
+    total = STEPS_PER_LAYER * len(decoder.layers)
+    with tqdm(total=total, desc="quantizing", unit="step", disable=not progress) as bar:
+        for index, layer in enumerate(decoder.layers):
+            step = _LayerQuantizer(f"model.layers.{index}", layer.to(torch.float32), config, bar)
+            hidden = step.run(hidden, rotary)
+            tensors.update(step.tensors)
+            modules.extend(step.modules)
+            layer.to("meta")  # its weights are in `tensors` now
+    return tensors, modules
+
+
+class _LayerQuantizer:
+    """Quantizes one decoder layer while the calibration text passes through it."""
+
+    def __init__(self, prefix: str, layer: Any, config: QuantConfig, bar: tqdm[Any]) -> None:
+        self.prefix = prefix
+        self.layer = layer
+        self.config = config
+        self.bar = bar
+        self.modules: list[ModuleReport] = []
+        self.tensors = {
+            name: _to_fp16(name, parameter)
+            for part in ("input_layernorm", "post_attention_layernorm")
+            for name, parameter in getattr(layer, part).named_parameters(f"{prefix}.{part}")
+        }
+
+    def run(self, hidden: list[Tensor], rotary: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """The layer's outputs with its quantized weights. Each tensor [batch, T, hidden] fp32."""
+        layer, attention, mlp = self.layer, self.layer.self_attn, self.layer.mlp
+        normed = [layer.input_layernorm(x) for x in hidden]
+        self._solve(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], normed)
+
+        output, attention.o_proj = attention.o_proj, nn.Identity()
+        contexts = [
+            attention(x, position_embeddings=rotary, attention_mask=None)[0] for x in normed
+        ]
+        attention.o_proj = output
+        self._solve(["self_attn.o_proj"], contexts)
+        hidden = [x + output(context) for x, context in zip(hidden, contexts, strict=True)]
+        del normed, contexts
+
+        normed = [layer.post_attention_layernorm(x) for x in hidden]
+        self._solve(["mlp.gate_proj", "mlp.up_proj"], normed)
+        inner = [mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) for x in normed]
+        self._solve(["mlp.down_proj"], inner)
+        return [x + mlp.down_proj(y) for x, y in zip(hidden, inner, strict=True)]
+
+    def _solve(self, names: list[str], inputs: list[Tensor]) -> None:
+        """Quantize the linear layers that read `inputs`, and leave the quantized weights in them.
+
+        They are solved as one matrix: rows do not influence each other, and one Hessian, one
+        factorization and one pass over the columns serve all.
+        """
+        prefixes = [f"{self.prefix}.{name}" for name in names]
+        self.bar.set_postfix_str(prefixes[-1].removeprefix("model."), refresh=True)
+        linears: list[nn.Linear] = [self.layer.get_submodule(name) for name in names]
+        hessian = torch.zeros(2 * [inputs[0].shape[-1]])
+        for x in inputs:
+            accumulate_hessian(hessian, x)
+        try:
+            factor = factorize(
+                hessian,
+                group_size=self.config.group_size,
+                damp_percent=self.config.damp_percent,
+            )
+            weight = torch.cat([linear.weight for linear in linears])
+            solved = quantize_weight(weight, factor, bits=self.config.bits)
+        except SolverError as error:
+            raise SolverError(f"{prefixes[0]}: {error}") from None
+        parts = solved.split([linear.out_features for linear in linears])
+        for prefix, linear, part in zip(prefixes, linears, parts, strict=True):
+            dequantized = part.dequantize()
+            lost = relative_error(linear.weight, dequantized, hessian)
+            self.modules.append(
+                ModuleReport(name=prefix, relative_error=lost, damp_percent=factor.damp_percent)
+            )
+            self.tensors |= gptq_tensors(prefix, part.pack(linear.bias), self.config)
+            linear.weight.data = dequantized
+        self.bar.update()
+
+
+def _check_config(config: QuantConfig) -> None:
+    if not config.sym:
+        raise QuantError("sym is false; only symmetric quantization is supported")
+    if config.desc_act:
+        raise QuantError("desc_act is true; only regular groups are supported")
+    if config.lm_head:
+        raise QuantError("lm_head is true; the output head stays at 16 bits")
+
+
+def _calibration_text(path: Path | None, seed: int) -> str:
+    return calibration.builtin_text(seed) if path is None else calibration.read_text(path)
+
+
+def _token_batches(
+    source: Source, text: str, num_sequences: int, sequence_length: int, seed: int
+) -> Tensor:
+    batches = calibration.token_batches(
+        source.tokenizer,
+        text,
+        num_sequences=num_sequences,
+        sequence_length=min(sequence_length, source.config.max_position_embeddings),
+        seed=seed,
+    )
+    largest = int(batches.max())
+    if largest >= source.config.vocab_size:
+        raise QuantError(
+            f"{source.name}: its tokenizer makes token {largest}; "
+            f"the model's vocabulary ends at {source.config.vocab_size - 1}"
+        )
+    return batches
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise QuantError(f"tensor {name} holds values that are not finite")
+
+
+def _check_disk(out: Path, tensors: dict[str, Tensor], config: QuantConfig) -> None:
+    """Raises QuantError when the checkpoint cannot fit; its size is known to a few percent."""
+    layers = sum(t.numel() for name, t in tensors.items() if name.startswith("model.layers."))
+    rest = sum(t.numel() for t in tensors.values()) - layers
+    needed = 2 * rest + layers * config.bits // 8
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise QuantError(f"{out}: {needed >> 20} MiB are needed, {free >> 20} MiB are free")
+
+
+def _to_fp16(name: str, tensor: Tensor) -> Tensor:
+    converted = tensor.to(torch.float16)
+    if not bool(torch.isfinite(converted).all()):
+        raise QuantError(f"tensor {name} holds values beyond the fp16 range")
+    return converted
