@@ -157,7 +157,8 @@ class KernelBackend(Protocol):
 def load_backend(name: str, cpu_precision: str = "auto") -> KernelBackend:
     """The backend of that name; `auto` picks one and says so once.
 
-    `cpu_precision` is for the cpu backend alone. Raises BackendUnavailable for a name that is unknown or cannot work on this machine.
+    `cpu_precision` is for the cpu backend alone. Raises BackendUnavailable for a name that is
+    unknown or cannot work on this machine.
     """
     if name not in BACKENDS:
         raise BackendUnavailable(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")

@@ -47,8 +47,9 @@ def load_dequantized(folder: Path) -> LlamaForCausalLM:
             if prefix == "lm_head" and config.tie_word_embeddings:
                 continue
             linear = reader.take_linear(prefix, module.in_features, module.out_features)
-            dense = isinstance(linear, DenseWeight)
-            tensors[f"{prefix}.weight"] = linear.weight if dense else dequantize(linear)
+            tensors[f"{prefix}.weight"] = (
+                linear.weight if isinstance(linear, DenseWeight) else dequantize(linear)
+            )
             if linear.bias is not None:
                 tensors[f"{prefix}.bias"] = linear.bias
             continue

@@ -118,7 +118,9 @@ def build_model(config: LlamaConfig, tensors: dict[str, Tensor]) -> LlamaForCaus
         model.lm_head.weight = model.model.embed_tokens.weight
     # Its buffers are no part of a checkpoint and were made without storage above.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    return model.eval().requires_grad_(False)
+    model.eval()
+    model.requires_grad_(False)
+    return model
 
 
 def _download(source: str) -> Path:
@@ -190,8 +192,9 @@ def _gguf_tensor(source: str, tensor: Any, config: LlamaConfig) -> tuple[str, Te
         raise SourceError(f"{source}: tensor {tensor.name} has unknown type {kind}") from None
     weight = torch.from_numpy(values.copy()).to(torch.float16)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    if match["part"] in heads:
-        weight = _undo_rope_interleaving(weight, heads[match["part"]])
+    num_heads = heads.get(match["part"])
+    if num_heads is not None:
+        weight = _undo_rope_interleaving(weight, num_heads)
     prefix = "" if match["layer"] is None else f"model.layers.{match['layer']}."
     return f"{prefix}{names[match['part']]}.{match['kind']}", weight
 

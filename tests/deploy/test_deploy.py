@@ -57,12 +57,11 @@ def test_promtool_accepts_the_configuration() -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_promtool_finds_nothing_to_blame_in_the_metrics() -> None:
-    with start_metrics_server("127.0.0.1", 0, Metrics(CollectorRegistry()).registry) as server:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as response:
-            exposition = response.read()
-    checked = subprocess.run(
-        ["promtool", "check", "metrics"], input=exposition, capture_output=True
-    )
+    registry = Metrics(CollectorRegistry()).registry
+    with start_metrics_server("127.0.0.1", 0, registry) as server:
+        exposition = urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics").read()
+    command = ["promtool", "check", "metrics"]
+    checked = subprocess.run(command, input=exposition, capture_output=True)
     assert checked.returncode == 0, checked.stderr.decode()
 
 
