@@ -95,6 +95,7 @@ class GenerationServer:
             await self._grpc_server.stop(None)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
+        logger.info("stopped")
 
     def _create_grpc_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(options=_server_options(self._config))

@@ -7,8 +7,9 @@ does not know.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import FieldDescriptor
@@ -19,7 +20,9 @@ from ...proto import generation_pb2 as pb
 from ..types import MAX_CHAT_MESSAGES, InvalidRequest
 from .errors import UnsupportedField
 
-_REQUEST_NAME = pb.GenerateRequest.DESCRIPTOR.full_name
+# 4 MiB can hold two million fields, and looking at each takes seconds of everybody's time.
+_MAX_LOOKED_AT: Final = 4096
+_REQUEST_NAME: Final = pb.GenerateRequest.DESCRIPTOR.full_name
 
 
 def parse_request(data: bytes) -> pb.GenerateRequest:
@@ -28,7 +31,6 @@ def parse_request(data: bytes) -> pb.GenerateRequest:
         request = pb.GenerateRequest.FromString(data)
     except DecodeError:
         raise InvalidRequest(_why_undecodable(data)) from None
-    # 4 MiB can hold two million chat messages; looking at each would take seconds.
     num_messages = len(request.chat.messages)
     if num_messages > MAX_CHAT_MESSAGES:
         raise InvalidRequest(
@@ -38,15 +40,29 @@ def parse_request(data: bytes) -> pb.GenerateRequest:
     return request
 
 
-def _refuse_unknown_fields(request: Message) -> None:
+def _refuse_unknown_fields(request: pb.GenerateRequest) -> None:
+    known = pb.GenerateRequest()
+    known.CopyFrom(request)
+    known.DiscardUnknownFields()
+    num_unknown_bytes = request.ByteSize() - known.ByteSize()
+    if num_unknown_bytes > _MAX_LOOKED_AT:
+        raise UnsupportedField(
+            f"{_REQUEST_NAME} holds {num_unknown_bytes} bytes of fields that this server "
+            "does not know"
+        )
+    if num_unknown_bytes > 0:
+        path, number = next(_unknown_fields(request))
+        raise UnsupportedField(
+            f"{path or _REQUEST_NAME} holds field number {number}, "
+            "which this server does not know, or knows with another type"
+        )
+
+
+def _unknown_fields(request: Message) -> Iterator[tuple[str, int]]:
     for path, message in _messages(request):
         unknown = UnknownFieldSet(message)
         if len(unknown) > 0:
-            name = path.rstrip(".") or _REQUEST_NAME
-            raise UnsupportedField(
-                f"{name} holds field number {unknown[0].field_number}, "
-                "which this server does not know, or knows with another type"
-            )
+            yield path.rstrip("."), unknown[0].field_number
 
 
 def _why_undecodable(data: bytes) -> str:
@@ -54,16 +70,21 @@ def _why_undecodable(data: bytes) -> str:
         message = _bytes_twin().FromString(data)
     except DecodeError:
         return f"the {len(data)} bytes of the request are not a {_REQUEST_NAME}"
-    for path, part in _messages(message):
+    for name, value in itertools.islice(_texts(message), _MAX_LOOKED_AT):
+        try:
+            value.decode()
+        except UnicodeDecodeError as error:
+            return (
+                f"{name} is not valid UTF-8: "
+                f"byte 0x{value[error.start]:02x} at offset {error.start}"
+            )
+    return "the request holds text that is not valid UTF-8"
+
+
+def _texts(message: Message) -> Iterator[tuple[str, bytes]]:
+    for path, part in itertools.islice(_messages(message), _MAX_LOOKED_AT):
         for name, value in _items(part, FieldDescriptor.TYPE_BYTES):
-            try:
-                value.decode()
-            except UnicodeDecodeError as error:
-                return (
-                    f"{path}{name} is not valid UTF-8: "
-                    f"byte 0x{value[error.start]:02x} at offset {error.start}"
-                )
-    raise AssertionError("protobuf refused what is valid")
+            yield f"{path}{name}", value
 
 
 @functools.cache

@@ -67,6 +67,12 @@ async def send(rig: Rig, data: bytes, **options: Any) -> tuple[StatusCode, str]:
     return caught.value.code(), caught.value.details() or ""
 
 
+def chat_of_empty_messages(number: int) -> bytes:
+    return pb.GenerateRequest(
+        chat=pb.Chat(messages=[pb.ChatMessage()] * number)
+    ).SerializeToString()
+
+
 def unknown(number: int) -> bytes:
     """A varint field of this number."""
     return bytes([number << 3, 1])
@@ -158,6 +164,24 @@ async def test_fields_of_a_newer_client_are_refused(
     status, details = await send(rig, data)
     assert status is StatusCode.UNIMPLEMENTED
     assert details.startswith(f"{name} holds field number {number}, which this server does not")
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"\x12\x02Hi" + b"\x78\x01" * 20_000, "GenerateRequest holds 40000 bytes of fields"),
+        (
+            chat_of_empty_messages(20_000) + b"\x2a\x03\x3a\x01\xff",
+            "holds text that is not valid UTF-8",
+        ),
+    ],
+    ids=["unknown fields", "text after many messages"],
+)
+async def test_what_would_take_long_to_look_at_is_told_without_names(
+    rig: Rig, data: bytes, text: str
+) -> None:
+    _, details = await send(rig, data)
+    assert text in details
 
 
 async def test_a_message_over_the_limit(rig: Rig) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.request
+from collections.abc import Sequence
+from typing import ClassVar
 
 import grpc
 import grpc.aio
@@ -16,9 +18,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from lowbit.proto import generation_pb2 as pb
 from lowbit.proto import generation_pb2_grpc as pb_grpc
 from lowbit.server.client import AsyncClient
+from lowbit.server.text.detokenizer import Detokenizer
 from lowbit.server.types import ChatMessage, FinishReason
 from prometheus_client.parser import text_string_to_metric_families
-from serving import EOS, Rig
+from serving import EOS, ByteCodec, Rig, make_rig, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -75,6 +78,24 @@ async def test_chat(client: AsyncClient) -> None:
     layout = "[system] Be brief.\n[user] Hi\n[assistant] "
     assert generation.text == "Hello, world!"
     assert generation.usage.prompt_tokens == len(layout) + len(messages)  # each has a <bos>
+
+
+async def test_a_completion_goes_on_where_its_prompt_ends_and_an_answer_does_not() -> None:
+    class Codec(ByteCodec):
+        contexts: ClassVar[list[Sequence[int]]] = []
+
+        def detokenizer(self, stop: Sequence[str] = (), context: Sequence[int] = ()) -> Detokenizer:
+            self.contexts.append(context)
+            return super().detokenizer(stop, context)
+
+    async with (
+        running(make_rig(tokenizer=Codec())) as rig,
+        AsyncClient(rig.address) as client,
+    ):
+        await client.generate("Hi")
+        await client.generate([72, 105])
+        await client.generate([ChatMessage(role="user", content="Hi")])
+    assert Codec.contexts == [[72, 105], [72, 105], ()]
 
 
 async def test_a_stop_string_is_not_part_of_the_text(client: AsyncClient, rig: Rig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -53,10 +54,13 @@ def server_process(kind: str) -> Iterator[ServerProcess]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
     ) as process:
         try:
             assert process.stdout is not None
-            yield ServerProcess(process, f"127.0.0.1:{int(process.stdout.readline())}")
+            port = process.stdout.readline().strip()
+            assert port, process.communicate()[1]
+            yield ServerProcess(process, f"127.0.0.1:{port}")
         finally:
             process.kill()
 
