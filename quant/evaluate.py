@@ -38,7 +38,8 @@ def load_dequantized(folder: Path) -> LlamaForCausalLM:
     """
     reader = CheckpointReader(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(config)
     tensors: dict[str, Tensor] = {}

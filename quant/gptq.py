@@ -16,7 +16,6 @@ compensated so far, left to right 0.20, with groups by falling importance 0.19, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +106,8 @@ def factorize(hessian: Tensor, *, group_size: int, damp_percent: float) -> Facto
     order = torch.argsort(diagonal, descending=True, stable=True)
     dead = diagonal == 0
     permuted = hessian[order][:, order].to(torch.float64)
-    permuted.diagonal()[dead[order]] = 1.0
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    permuted.diagonal()[dead[order]] = mean  # any positive number makes them independent
     upper, damping = _damped_inverse_factor(permuted, damp_percent)
     return Factor(
         group_size=size,
@@ -174,18 +174,24 @@ def _group_scales(weight: Tensor, factor: Factor, bits: int) -> Tensor:
 
 
 def _damped_inverse_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]:
+    """(upper factor of the damped inverse, the damping that worked). [K, K] fp64."""
     mean = float(hessian.diagonal().mean())
-    damping = damp_percent
-    while damping <= MAX_DAMP_PERCENT:
+    for damping in _dampings(damp_percent):
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failed) and math.isfinite(float(lower.sum())):
+        if not int(failed):
             root = lower.flip(0, 1)
             identity = torch.eye(root.shape[0], dtype=root.dtype)
             return torch.linalg.solve_triangular(root, identity, upper=True), damping
-        damping = max(damping * DAMP_STEP, 1e-4)
     raise SolverError(
         f"the Hessian of its inputs is not positive definite even with damp_percent "
         f"{MAX_DAMP_PERCENT:g}; use more calibration text"
     )
+
+
+def _dampings(damp_percent: float) -> list[float]:
+    dampings = [damp_percent]
+    while dampings[-1] < MAX_DAMP_PERCENT:
+        dampings.append(min(max(dampings[-1] * DAMP_STEP, 1e-4), MAX_DAMP_PERCENT))
+    return dampings

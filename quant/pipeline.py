@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import LlamaForCausalLM
 
 from . import calibration
 from .checkpoint import QuantConfig, check_output, gptq_tensors, write_checkpoint
@@ -27,6 +28,7 @@ DEFAULT_NUM_SEQUENCES = 16
 DEFAULT_SEQUENCE_LENGTH = 512
 STEPS_PER_LAYER = 4  # q/k/v, o, gate/up, down
 BATCH_SIZE = 8  # sequences in one forward pass
+MAX_FP32_PARAMETERS = 1 << 30  # 4 GiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +71,12 @@ def quantize(
     started = time.monotonic()
     _check_config(config)
     check_output(out)
-    text = _calibration_text(calibration_file, seed)
+    text = None if calibration_file is None else calibration.read_text(calibration_file)
     opened = load_source(source)
     _check_finite(opened.tensors)
     _check_disk(out, opened.tensors, config)
-    batches = _token_batches(opened, text, num_sequences, sequence_length, seed)
+    length = min(sequence_length, opened.config.max_position_embeddings)
+    batches = calibration_batches(opened, text, num_sequences, length, seed, progress)
     tensors, modules = _quantize_model(opened, batches, config, progress)
     write_checkpoint(
         out,
@@ -89,6 +92,62 @@ def quantize(
         num_bytes_packed=sum(tensor.nbytes for tensor in tensors.values()),
         modules=tuple(modules),
     )
+
+
+def calibration_batches(
+    source: Source,
+    text: str | None,
+    num_sequences: int,
+    sequence_length: int,
+    seed: int,
+    progress: bool,
+) -> Tensor:
+    """[S, L] int64: windows of the user's text, or, without one, of the built-in mixture.
+
+    The mixture is one half conversations that the model itself draws and one half Python's
+    language reference. On the 135M chat model at 4 bits, group 64, 8192 calibration tokens, the KL
+    divergence on held-out package descriptions, licences, code and conversations was 0.152, 0.501,
+    0.122 and 0.159; with the reference alone 0.152, 0.537, 0.111 and 0.238, with conversations
+    alone 0.191, 0.518, 0.196 and 0.158 (tests/benchmarks/calibration.py).
+    """
+    opening = calibration.conversation_opening(source.tokenizer) if text is None else []
+    num_drawn = max(num_sequences, 0) // 2 if opening else 0
+    windows = calibration.token_batches(
+        source.tokenizer,
+        calibration.reference_text(seed) if text is None else text,
+        num_sequences=num_sequences - num_drawn,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    _check_vocabulary(source, windows)
+    if not num_drawn:
+        return windows
+    drawn = calibration.sample_batches(
+        _sampling_model(source),
+        opening,
+        num_sequences=num_drawn,
+        sequence_length=windows.shape[1],
+        seed=seed,
+        progress=progress,
+    )
+    return torch.cat([windows, drawn])
+
+
+def _sampling_model(source: Source) -> LlamaForCausalLM:
+    """In fp32, which every CPU is fast at, or as stored where that would take too much memory."""
+    tensors = source.tensors
+    if sum(tensor.numel() for tensor in tensors.values()) <= MAX_FP32_PARAMETERS:
+        tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    return build_model(source.config, tensors)
+
+
+def _check_vocabulary(source: Source, batches: Tensor) -> None:
+    largest = int(batches.max())
+    if largest >= source.config.vocab_size:
+        raise QuantError(
+            f"{source.name}: its tokenizer makes token {largest}; "
+            f"the model's vocabulary ends at {source.config.vocab_size - 1}"
+        )
 
 
 @torch.inference_mode()
@@ -196,29 +255,6 @@ def _check_config(config: QuantConfig) -> None:
         raise QuantError("desc_act is true; only regular groups are supported")
     if config.lm_head:
         raise QuantError("lm_head is true; the output head stays at 16 bits")
-
-
-def _calibration_text(path: Path | None, seed: int) -> str:
-    return calibration.builtin_text(seed) if path is None else calibration.read_text(path)
-
-
-def _token_batches(
-    source: Source, text: str, num_sequences: int, sequence_length: int, seed: int
-) -> Tensor:
-    batches = calibration.token_batches(
-        source.tokenizer,
-        text,
-        num_sequences=num_sequences,
-        sequence_length=min(sequence_length, source.config.max_position_embeddings),
-        seed=seed,
-    )
-    largest = int(batches.max())
-    if largest >= source.config.vocab_size:
-        raise QuantError(
-            f"{source.name}: its tokenizer makes token {largest}; "
-            f"the model's vocabulary ends at {source.config.vocab_size - 1}"
-        )
-    return batches
 
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:

@@ -63,6 +63,7 @@ class LLMEngine:
 
         Raises InvalidRequest.
         """
+        max_tokens = self._max_tokens(len(prompt_token_ids), params)
         self._check_token_ids("prompt", prompt_token_ids)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
@@ -70,7 +71,7 @@ class LLMEngine:
             request_id=request_id,
             token_ids=list(prompt_token_ids),
             num_prompt_tokens=len(prompt_token_ids),
-            max_tokens=self._max_tokens(len(prompt_token_ids), params),
+            max_tokens=max_tokens,
             params=params,
             stop_token_ids=eos | frozenset(params.stop_token_ids),
             seed=secrets.randbits(63) if params.seed is None else params.seed,

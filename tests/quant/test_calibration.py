@@ -8,12 +8,18 @@ from byte_tokenizer import byte_tokenizer
 from lowbit.quant.calibration import (
     MAX_TEXT_BYTES,
     MIN_TOKENS,
-    builtin_text,
+    SAMPLED_AT_ONCE,
+    conversation_opening,
     read_text,
+    reference_text,
+    sample_batches,
     token_batches,
 )
 from lowbit.quant.errors import CalibrationError
+from lowbit.quant.evaluate import load_reference
+from lowbit.quant.source import load_source
 from tokenizers.processors import TemplateProcessing
+from transformers import LlamaForCausalLM
 
 TEXT = "".join(f"{i:06d} " for i in range(1000))  # 7000 bytes, every window different
 
@@ -100,6 +106,48 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         read_text(tmp_path)
 
 
-def test_the_builtin_text_is_long_and_seeded() -> None:
-    assert len(builtin_text()) > 400_000
-    assert builtin_text() == builtin_text(0) != builtin_text(1)
+def test_the_reference_text_is_long_and_seeded() -> None:
+    assert len(reference_text()) > 400_000
+    assert reference_text() == reference_text(0) != reference_text(1)
+
+
+def test_a_conversation_opens_as_the_chat_template_says() -> None:
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(conversation_opening(tokenizer)) == "<bos>[user] "
+    for template in (None, "{{ raise_exception('never') }}", "nothing of yours"):
+        assert conversation_opening(byte_tokenizer(template)) == [256]
+    without = byte_tokenizer(None)
+    without.bos_token = None
+    assert conversation_opening(without) == []
+
+
+@pytest.fixture(scope="module")
+def model(tiny_source: Path) -> LlamaForCausalLM:
+    return load_reference(load_source(str(tiny_source)))
+
+
+def draw(model: LlamaForCausalLM, **changes: int) -> torch.Tensor:
+    settings = {"num_sequences": 4, "sequence_length": 40, "seed": 0, **changes}
+    return sample_batches(model, [256, 91], **settings)
+
+
+def test_drawn_texts_follow_the_models_distribution(model: LlamaForCausalLM) -> None:
+    """The same draws without a cache, each from the whole text before it."""
+    length = 4 * 40 // SAMPLED_AT_ONCE
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.tensor([[256, 91]] * SAMPLED_AT_ONCE)
+    with torch.inference_mode():
+        while texts.shape[1] < length:
+            probabilities = torch.softmax(model(texts).logits[:, -1], -1)
+            step = torch.multinomial(probabilities, 1, generator=generator)
+            texts = torch.cat([texts, step], 1)
+    assert torch.equal(draw(model), texts.view(4, 40))
+
+
+def test_draws_have_a_seed_and_any_shape(model: LlamaForCausalLM) -> None:
+    assert torch.equal(draw(model), draw(model))
+    assert not torch.equal(draw(model), draw(model, seed=1))
+    for shape in ((1, 40), (3, 41), (40, 8)):
+        drawn = draw(model, num_sequences=shape[0], sequence_length=shape[1])
+        assert drawn.shape == shape
+        assert drawn.flatten()[:2].tolist() == [256, 91]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +14,7 @@ from lowbit.quant.checkpoint import CheckpointError, CheckpointReader, QuantConf
 from lowbit.quant.errors import QuantError
 from lowbit.quant.evaluate import compare, load_dequantized, load_reference
 from lowbit.quant.gptq import factorize, quantize_weight, relative_error
-from lowbit.quant.pipeline import QuantizeReport, quantize
+from lowbit.quant.pipeline import QuantizeReport, calibration_batches, quantize
 from lowbit.quant.source import load_source
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,7 +36,7 @@ LINEARS = (
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text"
-    path.write_text(calibration.builtin_text()[:20_000], encoding="utf-8")
+    path.write_text(calibration.reference_text()[:20_000], encoding="utf-8")
     return path
 
 
@@ -108,7 +110,7 @@ def test_the_checkpoint_is_close_to_its_source(
     source = load_source(str(tiny_source))
     held_out = calibration.token_batches(
         source.tokenizer,
-        calibration.builtin_text()[50_000:60_000],
+        calibration.reference_text()[50_000:60_000],
         num_sequences=4,
         sequence_length=128,
         seed=0,
@@ -168,9 +170,37 @@ def test_other_widths_and_groups(
     assert CheckpointReader(tmp_path / "out").quant_config == config
 
 
-def test_the_builtin_text_is_the_default(tiny_source: Path, tmp_path: Path) -> None:
+def test_the_default_mixes_the_reference_with_conversations(
+    tiny_source: Path, tmp_path: Path
+) -> None:
     report = quantize(str(tiny_source), tmp_path / "out", CONFIG, **SETTINGS)
     assert report.num_calibration_tokens == 20 * 128
+    source = load_source(str(tiny_source))
+    mixture = calibration_batches(source, None, 20, 128, 0, False)
+    reference = calibration.token_batches(
+        source.tokenizer,
+        calibration.reference_text(0),
+        num_sequences=10,
+        sequence_length=128,
+        seed=0,
+    )
+    assert torch.equal(mixture[:10], reference)
+    assert source.tokenizer.decode(mixture[10]).startswith("<bos>[user] ")
+
+
+def test_a_users_text_is_not_mixed(tiny_source: Path) -> None:
+    source = load_source(str(tiny_source))
+    batches = calibration_batches(source, "All of it. " * 300, 20, 128, 0, False)
+    assert set(batches.flatten().tolist()) == set(b"All of it. ")
+
+
+def test_without_any_opening_the_reference_stands_alone(tiny_source: Path) -> None:
+    source = load_source(str(tiny_source))
+    source.tokenizer.chat_template = None
+    source.tokenizer.bos_token = None
+    batches = calibration_batches(source, None, 6, 128, 0, False)
+    assert batches.shape == (6, 128)
+    assert int(batches.max()) < 256
 
 
 def test_the_progress_bar_tells_the_time_left(
@@ -279,11 +309,10 @@ def test_too_little_disk_space(
 def test_the_real_model(real_model_file: Path, tmp_path: Path) -> None:
     report = quantize(str(real_model_file), tmp_path / "out", CONFIG, progress=False)
     source = load_source(str(real_model_file))
-    code = calibration.read_text(Path(calibration.__file__))
     held_out = calibration.token_batches(
-        source.tokenizer, code * 2, num_sequences=4, sequence_length=256, seed=0
+        source.tokenizer, inspect.getsource(argparse), num_sequences=4, sequence_length=256, seed=0
     )
     found = compare(load_reference(source), load_dequantized(tmp_path / "out"), held_out)
     assert found.kl_divergence < 0.3
-    assert found.top1_agreement > 0.75
+    assert found.top1_agreement > 0.7
     assert report.num_bytes_packed < 0.45 * report.num_bytes_16bit
