@@ -87,11 +87,12 @@ def _add_quantize(commands: Commands) -> None:
         metavar="FILE",
         help="UTF-8 text like that which the model will see; a built-in text if absent",
     )
+    options: dict[str, Any] = {"type": int, "default": argparse.SUPPRESS}
     parser.add_argument(
-        "--num-sequences", type=int, default=32, help="windows of the calibration text"
+        "--num-sequences", help="windows of calibration text (default: 16)", **options
     )
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of windows")
+    parser.add_argument("--sequence-length", help="tokens of a window (default: 512)", **options)
+    parser.add_argument("--seed", help="of the choice of windows (default: 0)", **options)
     parser.set_defaults(run=_quantize)
 
 
@@ -107,9 +108,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         arguments.out,
         config,
         calibration_file=arguments.calibration,
-        num_sequences=arguments.num_sequences,
-        sequence_length=arguments.sequence_length,
-        seed=arguments.seed,
+        **_given(arguments, ("num_sequences", "sequence_length", "seed")),
     )
     (arguments.out / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=2))
     worst = max(report.modules, key=lambda module: module.relative_error)
@@ -237,16 +236,19 @@ def _generate(arguments: argparse.Namespace) -> int:
     from . import terminal
 
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    terminal.generate(arguments.address, text, as_chat=arguments.chat, **_sampling(arguments))
+    terminal.generate(
+        arguments.address, text, as_chat=arguments.chat, **_given(arguments, SAMPLING_OPTIONS)
+    )
     return 0
 
 
 def _chat(arguments: argparse.Namespace) -> int:
     from . import terminal
 
-    terminal.chat(arguments.address, arguments.system, **_sampling(arguments))
+    terminal.chat(arguments.address, arguments.system, **_given(arguments, SAMPLING_OPTIONS))
     return 0
 
 
-def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in SAMPLING_OPTIONS if name in arguments}
+def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """Options that are on the command line; the others keep the defaults of whom they concern."""
+    return {name: getattr(arguments, name) for name in names if name in arguments}
