@@ -13,6 +13,8 @@ the very same keys and values in one prefill that it had first computed token by
 from __future__ import annotations
 
 import logging
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -162,6 +164,19 @@ class CpuBackend(KernelBackend):
             logits[row, candidates] = head.exact[candidates].to(torch.float32) @ x[row]
         return logits
 
+    def allocate_kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    ) -> list[KVCache]:
+        """Zeros that take memory only once they are written to."""
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        return [
+            KVCache(
+                keys=_untouched_zeros(shape, self.kv_dtype),
+                values=_untouched_zeros(shape, self.kv_dtype),
+            )
+            for _ in range(num_layers)
+        ]
+
     # Elementwise
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -208,6 +223,12 @@ class CpuBackend(KernelBackend):
             rows = slice(chunk.start, chunk.end)
             out[rows] = _attend_prefill(wide[rows], cache, chunk, scale)
         return out.flatten(1).to(torch.float32)
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    # torch.zeros writes its zeros: the whole cache would be resident from the start.
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _float32(bias: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from importlib.metadata import version
@@ -139,7 +140,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from prometheus_client import CollectorRegistry
 
     from ..kernels.interface import load_backend
-    from .engine.async_engine import AsyncEngine
+    from .engine.async_engine import AsyncEngine, engine_thread
     from .engine.build import build_engine
     from .metrics import Metrics
     from .model.loader import load_decoder
@@ -149,7 +150,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     backend = load_backend(config.engine.backend, config.engine.cpu_precision)
     tokenizer = Tokenizer.from_folder(arguments.checkpoint)
-    decoder = load_decoder(arguments.checkpoint, backend)
+    thread = engine_thread()
+    try:
+        decoder = thread.submit(load_decoder, arguments.checkpoint, backend).result()
+    except KeyboardInterrupt:
+        os._exit(EXIT_INTERRUPTED)  # a thread that loads cannot be interrupted, and need not be
     engine = build_engine(decoder, config.engine)
     metrics = Metrics(CollectorRegistry())
     logger.info("loaded %s in %.1f s", arguments.checkpoint, time.monotonic() - started)
@@ -161,7 +166,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             flush=True,
         )
 
-    async_engine = AsyncEngine(engine, on_step=metrics.observe_step)
+    async_engine = AsyncEngine(engine, on_step=metrics.observe_step, thread=thread)
     asyncio.run(serve(config, async_engine, tokenizer, metrics, on_started=announce))
     return 0
 

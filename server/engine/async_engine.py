@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import threading
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..types import (
@@ -47,14 +47,27 @@ _Command = _Add | _Abort | _Stop
 _News = TokenOutput | LowbitError
 
 
-class AsyncEngine:
-    """Many concurrent requests over one LLMEngine.
+def engine_thread() -> ThreadPoolExecutor:
+    """The one thread that computes: load the model on it, then hand it to an AsyncEngine.
 
-    `on_step` is called on the engine thread after every step.
+    OpenMP keeps a pool of workers for every thread that ever computed. With two pools there are
+    more workers than cores, they sleep between operations instead of spinning, and a decode step
+    of the 135M model takes 23 ms instead of 10 (2 cores).
+    """
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="lowbit-engine")
+
+
+class AsyncEngine:
+    """Many concurrent requests over one LLMEngine, which steps on `thread`.
+
+    `on_step` is called on that thread after every step.
     """
 
     def __init__(
-        self, engine: LLMEngine, on_step: Callable[[StepStats], None] | None = None
+        self,
+        engine: LLMEngine,
+        on_step: Callable[[StepStats], None] | None = None,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self.max_model_len = engine.max_model_len
         self.vocab_size = engine.vocab_size
@@ -65,26 +78,27 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
-        self._thread: threading.Thread | None = None
+        self._thread = thread or engine_thread()
+        self._running: Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def is_healthy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._running is not None and not self._running.done()
 
     async def start(self) -> None:
         """Start the engine thread. Call once, on the loop that will use the engine."""
-        assert self._thread is None
+        assert self._running is None
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="lowbit-engine", daemon=True)
-        self._thread.start()
+        self._running = self._thread.submit(self._run)
 
     async def stop(self) -> None:
         """End the engine thread after its current step; unfinished requests get Draining."""
         self._draining = True
-        if self._thread is not None:
+        if self._running is not None:
             self._inbox.put(_Stop())
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.wrap_future(self._running)
+        self._thread.shutdown(wait=False)
 
     def begin_drain(self) -> None:
         """Refuse new requests with Draining; the running ones go on."""
