@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except KeyboardInterrupt:
+        print(file=sys.stderr)  # the shell's prompt begins on a line of its own
         return EXIT_INTERRUPTED
     except (LowbitError, ValueError, OSError) as error:
         # Refusals of ours are ValueErrors by contract; a traceback is for --log-level debug.
