@@ -138,8 +138,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         **_settings(arguments, ServerConfig),
         engine=EngineConfig(**_settings(arguments, EngineConfig)),
     )
-    from prometheus_client import CollectorRegistry
-
     from ..kernels.interface import load_backend
     from .engine.async_engine import AsyncEngine, engine_thread
     from .engine.build import build_engine
@@ -157,7 +155,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         os._exit(EXIT_INTERRUPTED)  # a thread that loads cannot be interrupted, and need not be
     engine = build_engine(decoder, config.engine)
-    metrics = Metrics(CollectorRegistry())
+    metrics = Metrics()
     logger.info("loaded %s in %.1f s", arguments.checkpoint, time.monotonic() - started)
 
     def announce(server: GenerationServer) -> None:

@@ -30,12 +30,12 @@ _REQUEST_DURATION_BUCKETS: Final = (
 
 
 class Metrics:
-    """The server's metrics, in a registry of the caller's. Threads may share it."""
+    """The server's metrics, in the caller's registry or one of their own. Threads may share it."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
-        self._create_engine_metrics(registry)
-        self._create_request_metrics(registry)
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = CollectorRegistry() if registry is None else registry
+        self._create_engine_metrics(self.registry)
+        self._create_request_metrics(self.registry)
 
     def observe_step(self, stats: StepStats) -> None:
         """Take in one engine step."""

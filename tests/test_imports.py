@@ -49,7 +49,7 @@ ALLOWED = {
 # Third-party package -> the only places that may import it.
 OWNERS = {
     "triton": ("kernels.triton_",),
-    "prometheus_client": ("server.metrics", "server.cli"),
+    "prometheus_client": ("server.metrics",),
     "grpc": ("server.rpc", "server.client"),
     "grpc_health": ("server.rpc", "server.client"),
     "grpc_reflection": ("server.rpc",),
