@@ -4,8 +4,13 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from lowbit.server.cli import main
 from tiny import TinyModel, build_tiny_model
+
+# A machine that is busy with something else makes no test fail.
+settings.register_profile("lowbit", deadline=None)
+settings.load_profile("lowbit")
 
 
 @pytest.fixture(scope="session")
