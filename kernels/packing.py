@@ -35,12 +35,6 @@ class PackedWeight:
     input_permutation: Tensor | None = None  # [K] int64: the layer reads x[..., permutation]
     bias: Tensor | None = None  # [N]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the packed codes, the scales and the zero points packed at `bits` bits."""
-        zero_bytes = self.zeros.numel() * self.bits // 8
-        return self.qweight.nbytes + self.scales.nbytes + zero_bytes
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseWeight:

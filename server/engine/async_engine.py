@@ -80,11 +80,12 @@ class AsyncEngine:
         self._draining = False
         self._thread = thread or engine_thread()
         self._running: Future[None] | None = None
+        self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def is_healthy(self) -> bool:
-        return self._running is not None and not self._running.done()
+        return self._running is not None and not self._ended
 
     async def start(self) -> None:
         """Start the engine thread. Call once, on the loop that will use the engine."""
@@ -199,5 +200,7 @@ class AsyncEngine:
                 self._requests[request_id].put_nowait(item)
 
     def _fail_all(self, reason: LowbitError) -> None:
+        # Set on the loop, where requests arrive: none can slip in after this and wait for ever.
+        self._ended = True
         for news in self._requests.values():
             news.put_nowait(reason)

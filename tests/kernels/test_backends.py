@@ -133,7 +133,7 @@ def test_rope_is_a_rotation_by_position(
 def random_step(
     backend: KernelBackend, contexts: list[int], queries: list[int], heads: int, kv_heads: int
 ) -> tuple[torch.Tensor, KVCache, ForwardBatch, list[list[int]]]:
-    """A cache full of random keys and values, NaN in every slot that no sequence owns."""
+    """A cache with random keys and values in every slot, also in those that no sequence owns."""
     needed = [-(-context // BLOCK_SIZE) for context in contexts]
     cache = backend.allocate_kv_cache(1, sum(needed) + 3, BLOCK_SIZE, kv_heads, 16)[0]
     order = torch.randperm(sum(needed)).tolist()
