@@ -54,7 +54,7 @@ class Scheduler:
         return request_id in self._sequences
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises QueueFull."""
+        """Queue a new sequence. Raises QueueFull; a preempted one goes back without this check."""
         assert sequence.request_id not in self._sequences
         if len(self._waiting) >= self.max_queued_requests:
             raise QueueFull(

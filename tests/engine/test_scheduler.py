@@ -118,7 +118,8 @@ class EngineMachine(RuleBasedStateMachine):
             assert len(prompt) + n > min(40, blocks.num_blocks * blocks.block_size + 1)
             return
         except QueueFull:
-            assert self.engine.scheduler.num_waiting == 6
+            # More than the bound when preempted sequences, which are never refused, wait too.
+            assert self.engine.scheduler.num_waiting >= 6
             return
         self.expected[request_id] = expected_completion(prompt, n)
         self.received[request_id] = []
