@@ -160,9 +160,9 @@ class AsyncEngine:
 
     def _step(self) -> None:
         news = self._engine.step()
+        self._report()  # first: who has the tokens finds them counted
         if news:
             self._call_loop(self._deliver, [(output.request_id, output) for output in news])
-        self._report()
 
     def _report(self) -> None:
         if self._on_step is not None:
