@@ -103,7 +103,9 @@ async def test_closing_the_generator_frees_the_blocks(harness: Harness) -> None:
     assert (await anext(stream)).token_id == 1
     await stream.aclose()
     await harness.all_blocks_free()
-    assert harness.stats[-1].num_running == 0
+    async with asyncio.timeout(5):
+        while harness.stats[-1].num_running:  # reported right after the blocks are free
+            await asyncio.sleep(0.001)
 
 
 async def test_cancelling_while_queued_frees_the_place(harness: Harness) -> None:
