@@ -17,3 +17,7 @@ class CalibrationError(QuantError):
 
 class SolverError(QuantError):
     """A layer cannot be quantized: a value is not finite, or its Hessian has no factor."""
+
+
+class CheckpointError(QuantError):
+    """A checkpoint cannot be read or written. One line that names the file and the reason."""

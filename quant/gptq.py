@@ -16,18 +16,42 @@ compensated so far, left to right 0.20, with groups by falling importance 0.19, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kernels.packing import PackedWeight, pack_codes
+from .config import ModuleConfig
 from .errors import SolverError
 from .grid import middle_code, quantize, search_scale
 
 BLOCK_SIZE = 128  # columns whose updates of the rest are applied together (paper, section 3.3)
 MAX_DAMP_PERCENT = 1.0
 DAMP_STEP = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolverConfig:
+    """How codes are found; nothing here changes what a checkpoint's numbers mean."""
+
+    damp_percent: float = 0.01  # of the Hessian's mean diagonal, added to its diagonal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """One linear layer, solved."""
+
+    quantized: QuantizedWeight
+    lost: float  # squared output error on the calibration inputs, ||(W - Q) X||^2
+    energy: float  # squared output, ||W X||^2
+    damp_percent: float  # the damping that worked
+    fallback: str | None = None  # why the layer was rounded to nearest instead, if it was
+
+    @property
+    def relative_error(self) -> float:
+        return self.lost / self.energy if self.energy > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +74,12 @@ class QuantizedWeight:
     group_size: int  # never -1
     codes: Tensor  # [K, N] uint8
     scales: Tensor  # [G, N] fp16, each exact in bfloat16 too
+    zeros: Tensor  # [G, N] uint8, the code that stands for zero
 
     def dequantize(self) -> Tensor:
         """[N, K] fp32"""
         groups = torch.arange(self.codes.shape[0]) // self.group_size
-        centered = self.codes.to(torch.float32) - middle_code(self.bits)
+        centered = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[groups]
         return (centered * self.scales.to(torch.float32)[groups]).t().contiguous()
 
     def pack(self, bias: Tensor | None = None) -> PackedWeight:
@@ -66,17 +91,46 @@ class QuantizedWeight:
             out_features=out_features,
             qweight=pack_codes(self.codes, self.bits),
             scales=self.scales,
-            zeros=torch.full(self.scales.shape, middle_code(self.bits), dtype=torch.uint8),
+            zeros=self.zeros,
             bias=bias,
         )
 
     def split(self, sizes: list[int]) -> list[QuantizedWeight]:
         """Undo a concatenation of several layers along N."""
-        parts = zip(self.codes.split(sizes, 1), self.scales.split(sizes, 1), strict=True)
+        parts = (tensor.split(sizes, 1) for tensor in (self.codes, self.scales, self.zeros))
         return [
-            QuantizedWeight(bits=self.bits, group_size=self.group_size, codes=codes, scales=scales)
-            for codes, scales in parts
+            QuantizedWeight(
+                bits=self.bits, group_size=self.group_size, codes=codes, scales=scales, zeros=zeros
+            )
+            for codes, scales, zeros in zip(*parts, strict=True)
         ]
+
+
+def solve(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    modules: Sequence[ModuleConfig],
+    config: SolverConfig | None = None,
+) -> list[Solution]:
+    """Quantize the linear layers that read the same inputs. weights [N_i, K] fp32, hessian [K, K].
+
+    Rows do not influence each other: one Hessian and one factorization serve all layers, and any
+    slice of a layer's rows comes out as it would with the others. `hessian` may be overwritten.
+    Raises SolverError when a weight or the Hessian is not finite.
+    """
+    config = config or SolverConfig()
+    solutions = []
+    for weight, module in zip(weights, modules, strict=True):
+        factor = factorize(hessian, group_size=module.group_size, damp_percent=config.damp_percent)
+        quantized = quantize_weight(weight, factor, bits=module.bits)
+        dequantized = quantized.dequantize()
+        lost, energy = _squared_outputs(weight - dequantized, weight, hessian)
+        solutions.append(
+            Solution(
+                quantized=quantized, lost=lost, energy=energy, damp_percent=factor.damp_percent
+            )
+        )
+    return solutions
 
 
 def accumulate_hessian(hessian: Tensor, inputs: Tensor) -> None:
@@ -150,6 +204,7 @@ def quantize_weight(weight: Tensor, factor: Factor, *, bits: int) -> QuantizedWe
         group_size=factor.group_size,
         codes=(in_order + middle_code(bits)).to(torch.uint8),
         scales=scales.to(torch.float16),
+        zeros=torch.full(scales.shape, middle_code(bits), dtype=torch.uint8),
     )
 
 
@@ -158,10 +213,14 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
 
     Computed from the undamped Hessian, independently of what the solver accounted for.
     """
-    difference = weight - quantized
+    lost, whole = _squared_outputs(weight - quantized, weight, hessian)
+    return lost / whole if whole > 0 else 0.0
+
+
+def _squared_outputs(difference: Tensor, weight: Tensor, hessian: Tensor) -> tuple[float, float]:
     lost = float(((difference @ hessian) * difference).sum(dtype=torch.float64))
     whole = float(((weight @ hessian) * weight).sum(dtype=torch.float64))
-    return max(lost, 0.0) / whole if whole > 0 else 0.0
+    return max(lost, 0.0), whole
 
 
 def _group_scales(weight: Tensor, factor: Factor, bits: int) -> Tensor:

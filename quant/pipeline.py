@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from . import calibration
-from .checkpoint import QuantConfig, check_output, gptq_tensors, write_checkpoint
+from .checkpoint import check_output, gptq_tensors, write_checkpoint
+from .config import QuantConfig
 from .errors import QuantError, SolverError
 from .gptq import accumulate_hessian, factorize, quantize_weight, relative_error
 from .source import Source, build_model, load_source

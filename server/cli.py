@@ -99,7 +99,7 @@ def _add_quantize(commands: Commands) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    from ..quant.checkpoint import QuantConfig
+    from ..quant.config import QuantConfig
     from ..quant.pipeline import quantize
 
     config = QuantConfig(

@@ -24,7 +24,7 @@ ALLOWED = {
     "server.types": set(),
     "server.config": set(),
     "server.metrics": {"server.types"},
-    "server.model": {"server.model", "kernels", "quant.checkpoint"},
+    "server.model": {"server.model", "kernels", "quant.checkpoint", "quant.errors"},
     "server.engine": {
         "server.engine",
         "server.model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...quant.checkpoint import CheckpointError
+from ...quant.errors import CheckpointError
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 

@@ -8,7 +8,8 @@ import torch
 
 from ...kernels.interface import KernelBackend, PreparedLinear
 from ...kernels.packing import DenseWeight, LinearWeight, PackedWeight, concatenate
-from ...quant.checkpoint import CheckpointError, CheckpointReader
+from ...quant.checkpoint import CheckpointReader
+from ...quant.errors import CheckpointError
 from .config import ModelConfig
 from .decoder import Decoder, DecoderLayer
 

@@ -27,7 +27,7 @@ from lowbit.quant.calibration import (
     sample_batches,
     token_batches,
 )
-from lowbit.quant.checkpoint import QuantConfig
+from lowbit.quant.config import QuantConfig
 from lowbit.quant.evaluate import compare, load_dequantized, load_reference
 from lowbit.quant.pipeline import quantize
 from lowbit.quant.source import Source, load_source

@@ -10,7 +10,8 @@ import torch
 from lowbit.kernels.cpu import CpuBackend
 from lowbit.kernels.interface import KernelBackend
 from lowbit.kernels.reference import ReferenceBackend
-from lowbit.quant.checkpoint import CheckpointError, QuantConfig
+from lowbit.quant.config import QuantConfig
+from lowbit.quant.errors import CheckpointError
 from lowbit.server.model.loader import load_decoder
 from stepping import BLOCK_SIZE, Prompt, caches_for, run_step
 from tiny import TinyModel, build_tiny_model

@@ -20,14 +20,9 @@ from lowbit.kernels.packing import (
     pack_zeros,
     unpack_zeros,
 )
-from lowbit.quant.checkpoint import (
-    CheckpointError,
-    CheckpointReader,
-    QuantConfig,
-    check_output,
-    gptq_tensors,
-    write_checkpoint,
-)
+from lowbit.quant.checkpoint import CheckpointReader, check_output, gptq_tensors, write_checkpoint
+from lowbit.quant.config import QuantConfig
+from lowbit.quant.errors import CheckpointError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from lowbit.kernels.packing import dequantize
-from lowbit.quant.checkpoint import CheckpointError, QuantConfig, gptq_tensors, write_checkpoint
+from lowbit.quant.checkpoint import gptq_tensors, write_checkpoint
+from lowbit.quant.config import QuantConfig
+from lowbit.quant.errors import CheckpointError
 from lowbit.quant.evaluate import compare, load_dequantized, load_reference, perplexity
 from lowbit.quant.source import load_source
 from tiny import TinyModel, build_tiny_model, random_packed_weight

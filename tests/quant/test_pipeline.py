@@ -10,8 +10,9 @@ import pytest
 import torch
 from lowbit.kernels.packing import PackedWeight, unpack_codes
 from lowbit.quant import calibration
-from lowbit.quant.checkpoint import CheckpointError, CheckpointReader, QuantConfig
-from lowbit.quant.errors import QuantError
+from lowbit.quant.checkpoint import CheckpointReader
+from lowbit.quant.config import QuantConfig
+from lowbit.quant.errors import CheckpointError, QuantError
 from lowbit.quant.evaluate import compare, load_dequantized, load_reference
 from lowbit.quant.gptq import factorize, quantize_weight, relative_error
 from lowbit.quant.pipeline import QuantizeReport, calibration_batches, quantize

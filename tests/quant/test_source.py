@@ -10,8 +10,8 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from huggingface_hub.errors import LocalEntryNotFoundError
-from lowbit.quant.checkpoint import CheckpointError, QuantConfig
-from lowbit.quant.errors import QuantError, SourceError
+from lowbit.quant.config import QuantConfig
+from lowbit.quant.errors import CheckpointError, QuantError, SourceError
 from lowbit.quant.evaluate import load_reference
 from lowbit.quant.source import COMPANION_FILES, build_model, load_source
 from safetensors.torch import load_file, save_file

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from byte_tokenizer import byte_tokenizer
 from lowbit.kernels.packing import PackedWeight, dequantize, num_groups, pack_codes
-from lowbit.quant.checkpoint import QuantConfig, gptq_tensors, write_checkpoint
+from lowbit.quant.checkpoint import gptq_tensors, write_checkpoint
+from lowbit.quant.config import QuantConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
