@@ -29,7 +29,14 @@ from .interface import (
     KVCache,
     PreparedLinear,
 )
-from .packing import DenseWeight, LinearWeight, PackedWeight, dequantize, unpack_codes
+from .packing import (
+    DenseWeight,
+    LinearWeight,
+    PackedWeight,
+    dequantize,
+    select_outputs,
+    unpack_codes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +74,12 @@ class DenseLinear:
 class RescoredHead:
     """A logits layer computed in bfloat16, its best candidates again in float32."""
 
-    fast: Tensor  # [N, K] bfloat16
-    exact: Tensor  # [N, K] as stored in the checkpoint
+    fast: Tensor | Int4Linear  # [N, K] bfloat16, or packed
+    exact: LinearWeight  # [N, K] as stored in the checkpoint
 
     @property
     def out_features(self) -> int:
-        return self.fast.shape[0]
+        return self.fast.shape[0] if isinstance(self.fast, Tensor) else self.fast.out_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +153,12 @@ class CpuBackend(KernelBackend):
         return y if layer.bias is None else y + layer.bias
 
     def prepare_head(self, weight: LinearWeight) -> PreparedLinear:
-        if self.exact or isinstance(weight, PackedWeight) or weight.bias is not None:
+        if isinstance(weight, PackedWeight):
+            layer = self.prepare_linear(weight)
+            return RescoredHead(layer, weight) if isinstance(layer, Int4Linear) else layer
+        if self.exact or weight.bias is not None:
             return self.prepare_linear(weight)
-        return RescoredHead(weight.weight.to(torch.bfloat16), weight.weight)
+        return RescoredHead(weight.weight.to(torch.bfloat16), weight)
 
     def logits(self, x: Tensor, head: PreparedLinear) -> Tensor:
         """[S, C] -> [S, vocabulary] float32.
@@ -158,10 +168,13 @@ class CpuBackend(KernelBackend):
         """
         if not isinstance(head, RescoredHead):
             return super().logits(x, head)
-        logits = F.linear(x.to(torch.bfloat16), head.fast).to(torch.float32)
+        if isinstance(head.fast, Int4Linear):
+            logits = self.linear(x, head.fast).to(torch.float32)
+        else:
+            logits = F.linear(x.to(torch.bfloat16), head.fast).to(torch.float32)
         best = logits.topk(min(_RESCORED, logits.shape[1]), dim=1).indices  # [S, _RESCORED]
         for row, candidates in enumerate(best):
-            logits[row, candidates] = head.exact[candidates].to(torch.float32) @ x[row]
+            logits[row, candidates] = _exact_logits(x[row], head.exact, candidates)
         return logits
 
     def allocate_kv_cache(
@@ -223,6 +236,15 @@ class CpuBackend(KernelBackend):
             rows = slice(chunk.start, chunk.end)
             out[rows] = _attend_prefill(wide[rows], cache, chunk, scale)
         return out.flatten(1).to(torch.float32)
+
+
+def _exact_logits(x: Tensor, weight: LinearWeight, candidates: Tensor) -> Tensor:
+    """float32 products of x [K] with those rows of the weight: [R]."""
+    if isinstance(weight, DenseWeight):
+        return weight.weight[candidates].to(torch.float32) @ x
+    rows = select_outputs(weight, candidates)
+    logits = dequantize(rows) @ x
+    return logits if rows.bias is None else logits + rows.bias.to(torch.float32)
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

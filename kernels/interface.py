@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import LinearWeight
+from .packing import EmbeddingWeight, LinearWeight, PackedEmbedding
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,16 @@ class KernelBackend(Protocol):
     @abstractmethod
     def attention(self, q: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
         """Causal attention over the cached keys and values: q [T, H, D] -> [T, H * D]."""
+
+    def prepare_embedding(self, weight: EmbeddingWeight) -> EmbeddingWeight:
+        """The table on this backend's device, packed if it came packed."""
+        return weight.to(self.device)
+
+    def embed(self, ids: Tensor, embedding: EmbeddingWeight) -> Tensor:
+        """Rows of the table: token ids [T] -> [T, C] in `hidden_dtype`."""
+        if isinstance(embedding, PackedEmbedding):
+            return embedding.rows(ids).to(self.hidden_dtype)
+        return F.embedding(ids, embedding).to(self.hidden_dtype)
 
     def prepare_head(self, weight: LinearWeight) -> PreparedLinear:
         """The same as `prepare_linear`, for the layer that makes logits."""

@@ -7,7 +7,7 @@ for 3 bits a code may straddle two words). Shapes: K input features, N output fe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,37 @@ class DenseWeight:
 
 
 LinearWeight = PackedWeight | DenseWeight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedEmbedding:
+    """A quantized table of V rows with C features, looked up without unpacking the rest.
+
+    `by_row`: the table is the matrix [N = V, K = C] of `weight`, groups lie inside a row
+    (compressed-tensors). Else it is that matrix transposed, [K = V, N = C]: groups are of rows that
+    share a scale per feature (GPTQModel).
+    """
+
+    weight: PackedWeight
+    by_row: bool
+
+    def to(self, device: torch.device) -> PackedEmbedding:
+        return replace(self, weight=move(self.weight, device))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows of token ids [T], dequantized: [T, C] float32."""
+        if self.by_row:
+            return dequantize(select_outputs(self.weight, ids))
+        return dequantize_inputs(self.weight, ids)
+
+    def as_linear(self) -> LinearWeight:
+        """The table as the layer that makes logits: x @ table.T."""
+        if self.by_row:
+            return self.weight
+        return DenseWeight(weight=dequantize(self.weight).t().contiguous())
+
+
+EmbeddingWeight = PackedEmbedding | Tensor  # a dense table is [V, C]
 
 
 def num_groups(in_features: int, group_size: int) -> int:
@@ -128,6 +159,47 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     return rows.t().contiguous().to(dtype)
 
 
+def select_outputs(weight: PackedWeight, outputs: Tensor) -> PackedWeight:
+    """The layer that has only those outputs, in that order; `outputs` [R] int64."""
+    return replace(
+        weight,
+        out_features=len(outputs),
+        qweight=weight.qweight[:, outputs],
+        scales=weight.scales[:, outputs],
+        zeros=weight.zeros[:, outputs],
+        bias=None if weight.bias is None else weight.bias[outputs],
+    )
+
+
+def dequantize_inputs(weight: PackedWeight, inputs: Tensor) -> Tensor:
+    """What each of those inputs adds to the outputs: `inputs` [R] int64 -> [R, N] float32.
+
+    Raises ValueError for a weight with an input permutation.
+    """
+    if weight.input_permutation is not None:
+        raise ValueError("a weight with an input permutation has no rows to look up")
+    word, shift = inputs * weight.bits // WORD_BITS, inputs * weight.bits % WORD_BITS
+    following = (word + 1).clamp(max=weight.qweight.shape[0] - 1)  # a code may straddle two words
+    low, high = (weight.qweight[index].to(torch.int64) & 0xFFFFFFFF for index in (word, following))
+    codes = ((low | high << WORD_BITS) >> shift[:, None]) & ((1 << weight.bits) - 1)
+    groups = inputs // weight.group_size
+    centered = codes.to(torch.float32) - weight.zeros[groups].to(torch.float32)
+    return centered * weight.scales[groups].to(torch.float32)
+
+
+def move(weight: PackedWeight, device: torch.device) -> PackedWeight:
+    """The same weight on another device."""
+    permutation, bias = weight.input_permutation, weight.bias
+    return replace(
+        weight,
+        qweight=weight.qweight.to(device),
+        scales=weight.scales.to(device),
+        zeros=weight.zeros.to(device),
+        input_permutation=None if permutation is None else permutation.to(device),
+        bias=None if bias is None else bias.to(device),
+    )
+
+
 def concatenate(weights: list[PackedWeight]) -> PackedWeight:
     """Stack layers that read the same input along N, so that one product serves them all.
 
@@ -135,11 +207,10 @@ def concatenate(weights: list[PackedWeight]) -> PackedWeight:
     """
     first = weights[0]
     for other in weights[1:]:
-        mine = (first.bits, first.group_size, first.in_features)
-        theirs = (other.bits, other.group_size, other.in_features)
-        if mine != theirs or not _same_permutation(first, other):
+        if not fits_beside(first, other):
             raise ValueError(
-                f"(bits, group_size, in_features) {mine} and {theirs} cannot share one matrix"
+                f"(bits, group_size, in_features) {_form(first)} and {_form(other)} "
+                f"cannot share one matrix"
             )
     has_bias = any(w.bias is not None for w in weights)
     biases = [w.bias if w.bias is not None else torch.zeros(w.out_features) for w in weights]
@@ -154,6 +225,15 @@ def concatenate(weights: list[PackedWeight]) -> PackedWeight:
         input_permutation=first.input_permutation,
         bias=torch.cat(biases) if has_bias else None,
     )
+
+
+def fits_beside(a: PackedWeight, b: PackedWeight) -> bool:
+    """Whether `concatenate` takes both: bits, group size, K and input permutation agree."""
+    return _form(a) == _form(b) and _same_permutation(a, b)
+
+
+def _form(weight: PackedWeight) -> tuple[int, int, int]:
+    return weight.bits, weight.group_size, weight.in_features
 
 
 def _same_permutation(a: PackedWeight, b: PackedWeight) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.interface import (
@@ -18,6 +17,7 @@ from ...kernels.interface import (
     KVCache,
     PreparedLinear,
 )
+from ...kernels.packing import EmbeddingWeight
 from .config import ModelConfig
 
 
@@ -29,15 +29,28 @@ class Rotation:
     sin: Tensor  # [T, D / 2] float32
 
 
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Layers that read the same input but differ in bits, groups or order: no one matrix."""
+
+    parts: tuple[PreparedLinear, ...]
+
+
+FusedLinear = PreparedLinear | SideBySide
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayer:
-    """x + attention(norm(x)), then x + mlp(norm(x)). Q, K, V and gate, up are one matrix each."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Q, K, V and gate, up are one matrix each.
+
+    Where a checkpoint gives their parts different forms, their outputs are put side by side.
+    """
 
     input_norm: Tensor  # [C]
-    qkv: PreparedLinear
+    qkv: FusedLinear
     output: PreparedLinear
     post_attention_norm: Tensor  # [C]
-    gate_up: PreparedLinear
+    gate_up: FusedLinear
     down: PreparedLinear
 
     def forward(
@@ -52,11 +65,23 @@ class DecoderLayer:
     ) -> Tensor:
         """Hidden states [T, C] -> [T, C]; writes this step's keys and values to the cache."""
         eps = config.rms_norm_eps
-        qkv = backend.norm_linear(x, self.input_norm, eps, self.qkv)
+        qkv = _norm_linear(backend, x, self.input_norm, eps, self.qkv)
         q = backend.rope_and_store(qkv, rotation.cos, rotation.sin, config.num_heads, cache, batch)
         attended = backend.attention(q, cache, plan, config.head_dim**-0.5)
         x = backend.linear_residual(attended, self.output, x)
-        return backend.mlp(x, self.post_attention_norm, eps, self.gate_up, self.down)
+        if not isinstance(self.gate_up, SideBySide):
+            return backend.mlp(x, self.post_attention_norm, eps, self.gate_up, self.down)
+        gate_up = _norm_linear(backend, x, self.post_attention_norm, eps, self.gate_up)
+        return backend.linear_residual(backend.silu_mul(gate_up), self.down, x)
+
+
+def _norm_linear(
+    backend: KernelBackend, x: Tensor, norm: Tensor, eps: float, layer: FusedLinear
+) -> Tensor:
+    if not isinstance(layer, SideBySide):
+        return backend.norm_linear(x, norm, eps, layer)
+    normed = backend.rms_norm(x, norm, eps)
+    return torch.cat([backend.linear(normed, part) for part in layer.parts], dim=-1)
 
 
 class Decoder:
@@ -65,7 +90,7 @@ class Decoder:
         config: ModelConfig,
         backend: KernelBackend,
         *,
-        embedding: Tensor,  # [vocabulary, C]
+        embedding: EmbeddingWeight,  # [vocabulary, C]
         layers: list[DecoderLayer],
         norm: Tensor,  # [C]
         head: PreparedLinear,
@@ -83,7 +108,7 @@ class Decoder:
         self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch, caches: list[KVCache]
     ) -> Tensor:
         """Token ids [T], positions [T] -> logits [S, vocabulary] float32 of `batch.logit_rows`."""
-        x = F.embedding(input_ids, self.embedding).to(self.backend.hidden_dtype)
+        x = self.backend.embed(input_ids, self.embedding)
         angles = positions[:, None].to(torch.float32) * self._inverse_frequencies
         rotation = Rotation(angles.cos(), angles.sin())
         plan = self.backend.plan_attention(batch)

@@ -7,11 +7,18 @@ from pathlib import Path
 import torch
 
 from ...kernels.interface import KernelBackend, PreparedLinear
-from ...kernels.packing import DenseWeight, LinearWeight, PackedWeight, concatenate
+from ...kernels.packing import (
+    DenseWeight,
+    EmbeddingWeight,
+    LinearWeight,
+    PackedEmbedding,
+    PackedWeight,
+    concatenate,
+    fits_beside,
+)
 from ...quant.checkpoint import CheckpointReader
-from ...quant.errors import CheckpointError
 from .config import ModelConfig
-from .decoder import Decoder, DecoderLayer
+from .decoder import Decoder, DecoderLayer, FusedLinear, SideBySide
 
 
 def load_decoder(folder: Path, backend: KernelBackend) -> Decoder:
@@ -22,21 +29,28 @@ def load_decoder(folder: Path, backend: KernelBackend) -> Decoder:
     reader = CheckpointReader(folder)
     config = ModelConfig.from_hf(reader.config, reader.generation_config)
     hidden = config.hidden_size
-    embedding = reader.take("model.embed_tokens.weight", shape=(config.vocab_size, hidden))
-    if config.tie_word_embeddings:
-        head_weight: LinearWeight = DenseWeight(weight=embedding)
-    else:
-        head_weight = reader.take_linear("lm_head", hidden, config.vocab_size)
+    embedding = reader.take_embedding("model.embed_tokens", config.vocab_size, hidden)
     decoder = Decoder(
         config,
         backend,
-        embedding=embedding.to(backend.device),
+        embedding=backend.prepare_embedding(embedding),
         layers=[_load_layer(reader, config, backend, i) for i in range(config.num_layers)],
         norm=reader.take("model.norm.weight", shape=(hidden,)).to(torch.float32),
-        head=backend.prepare_head(head_weight),
+        head=backend.prepare_head(_take_head(reader, config, embedding)),
     )
     reader.check_all_consumed()
     return decoder
+
+
+def _take_head(
+    reader: CheckpointReader, config: ModelConfig, embedding: EmbeddingWeight
+) -> LinearWeight:
+    # A head that is packed is a matrix of its own, whatever config.json says of it.
+    if not config.tie_word_embeddings or "lm_head" in reader.packed_prefixes():
+        return reader.take_linear("lm_head", config.hidden_size, config.vocab_size)
+    if isinstance(embedding, PackedEmbedding):
+        return embedding.as_linear()
+    return DenseWeight(weight=embedding)
 
 
 def _load_layer(
@@ -47,19 +61,23 @@ def _load_layer(
     q_size = config.num_heads * config.head_dim
     kv_size = config.num_kv_heads * config.head_dim
 
-    def fused(parent: str, in_features: int, **parts: int) -> PreparedLinear:
-        names = [f"{prefix}.{parent}.{name}" for name in parts]
-        sizes = zip(names, parts.values(), strict=True)
-        weights = [reader.take_linear(name, in_features, size) for name, size in sizes]
-        return backend.prepare_linear(_fuse(names, weights))
+    def take(parent: str, in_features: int, **parts: int) -> list[LinearWeight]:
+        sizes = [(f"{prefix}.{parent}.{name}", size) for name, size in parts.items()]
+        return [reader.take_linear(name, in_features, size) for name, size in sizes]
+
+    def single(parent: str, in_features: int, **part: int) -> PreparedLinear:
+        return backend.prepare_linear(*take(parent, in_features, **part))
+
+    def fused(parent: str, in_features: int, **parts: int) -> FusedLinear:
+        return _prepare_fused(backend, take(parent, in_features, **parts))
 
     return DecoderLayer(
         input_norm=_norm(reader, f"{prefix}.input_layernorm", hidden),
         qkv=fused("self_attn", hidden, q_proj=q_size, k_proj=kv_size, v_proj=kv_size),
-        output=fused("self_attn", q_size, o_proj=hidden),
+        output=single("self_attn", q_size, o_proj=hidden),
         post_attention_norm=_norm(reader, f"{prefix}.post_attention_layernorm", hidden),
         gate_up=fused("mlp", hidden, gate_proj=intermediate, up_proj=intermediate),
-        down=fused("mlp", intermediate, down_proj=hidden),
+        down=single("mlp", intermediate, down_proj=hidden),
     )
 
 
@@ -67,17 +85,15 @@ def _norm(reader: CheckpointReader, prefix: str, size: int) -> torch.Tensor:
     return reader.take(f"{prefix}.weight", shape=(size,)).to(torch.float32)
 
 
-def _fuse(names: list[str], weights: list[LinearWeight]) -> LinearWeight:
+def _prepare_fused(backend: KernelBackend, weights: list[LinearWeight]) -> FusedLinear:
+    """One matrix where the parts agree in bits, groups and order; else the parts themselves."""
     packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
     dense = [weight for weight in weights if isinstance(weight, DenseWeight)]
-    if packed and dense:
-        raise CheckpointError(f"{', '.join(names)}: some are quantized and some are not")
-    if dense:
-        return _concatenate_dense(dense)
-    try:
-        return concatenate(packed)
-    except ValueError as error:
-        raise CheckpointError(f"{', '.join(names)}: {error}") from error
+    if not packed:
+        return backend.prepare_linear(_concatenate_dense(dense))
+    if not dense and all(fits_beside(packed[0], other) for other in packed[1:]):
+        return backend.prepare_linear(concatenate(packed))
+    return SideBySide(tuple(backend.prepare_linear(weight) for weight in weights))
 
 
 def _concatenate_dense(weights: list[DenseWeight]) -> DenseWeight:

@@ -15,7 +15,7 @@ from lowbit.kernels.interface import (
     KVCache,
     load_backend,
 )
-from lowbit.kernels.packing import DenseWeight, dequantize
+from lowbit.kernels.packing import DenseWeight, PackedEmbedding, dequantize
 from lowbit.kernels.reference import ReferenceBackend
 from tiny import random_packed_weight
 
@@ -216,6 +216,42 @@ def test_head_keeps_the_order_that_bfloat16_would_tie() -> None:
     assert logits.argmax().item() == 17
     best = (x.double() @ weight.double().T).topk(5).indices
     assert torch.equal(logits.topk(5).indices, best)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_head_keeps_the_order_of_the_best(bits: int, sym: bool, bias: bool) -> None:
+    """Logits near 100, where a bfloat16 product has steps of a half."""
+    torch.manual_seed(bits)
+    weight = random_packed_weight(96, 1000, bits=bits, group_size=32, sym=sym, magnitude=10)
+    weight = replace(weight, input_permutation=torch.randperm(96))
+    weight = replace(weight, bias=torch.randn(1000)) if bias else weight
+    x = torch.randn(5, 96) + dequantize(weight)[7]
+    expected = x.double() @ dequantize(weight).double().T
+    expected = expected + weight.bias.double() if weight.bias is not None else expected
+    backend = CpuBackend("bfloat16")
+    head = backend.prepare_head(weight)
+    assert head.out_features == 1000
+    logits = backend.logits(x, head)
+    assert torch.equal(logits.topk(10).indices, expected.topk(10).indices)
+    best = expected.topk(10).values
+    torch.testing.assert_close(logits.topk(10).values.double(), best, atol=1e-4, rtol=1e-5)
+    assert relative_error(logits, expected) < 1e-2
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_embed_gathers_rows(
+    backend_and_tolerance: tuple[KernelBackend, float], by_row: bool
+) -> None:
+    backend, _ = backend_and_tolerance
+    weight = random_packed_weight(96, 64, bits=3, group_size=32, sym=False)
+    table = dequantize(weight) if by_row else dequantize(weight).T
+    packed = backend.prepare_embedding(PackedEmbedding(weight=weight, by_row=by_row))
+    ids = torch.tensor([0, 63, 10, 10, 21, 31, 32])
+    assert torch.equal(backend.embed(ids, packed), table[ids])
+    dense = backend.prepare_embedding(table.half())
+    assert torch.equal(backend.embed(ids, dense), table.half().float()[ids])
 
 
 def test_unknown_and_impossible_choices_are_refused_by_name() -> None:

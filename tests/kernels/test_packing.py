@@ -10,8 +10,10 @@ from lowbit.kernels.packing import (
     PackedWeight,
     concatenate,
     dequantize,
+    dequantize_inputs,
     pack_codes,
     pack_zeros,
+    select_outputs,
     unpack_codes,
     unpack_zeros,
 )
@@ -113,3 +115,18 @@ def test_concatenate_stacks_outputs_and_refuses_what_differs() -> None:
     assert torch.equal(both.bias, torch.cat([torch.zeros(24), second.bias]))
     with pytest.raises(ValueError, match="cannot share one matrix"):
         concatenate([first, random_packed_weight(128, 24, group_size=32)])
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_selected_outputs_and_inputs_are_those_of_the_whole(bits: int) -> None:
+    weight = random_packed_weight(100, 24, bits=bits, group_size=32, sym=False)
+    whole = dequantize(weight)
+    outputs, inputs = torch.tensor([23, 0, 5, 5]), torch.tensor([99, 0, 10, 21, 32, 42])
+    assert torch.equal(dequantize(select_outputs(weight, outputs)), whole[outputs])
+    assert torch.equal(dequantize_inputs(weight, inputs), whole.t()[inputs])
+    permuted = replace(weight, input_permutation=torch.randperm(100), bias=torch.randn(24))
+    some = select_outputs(permuted, outputs)
+    assert torch.equal(dequantize(some), dequantize(permuted)[outputs])
+    assert some.bias is not None and torch.equal(some.bias, permuted.bias[outputs])
+    with pytest.raises(ValueError, match="input permutation has no rows"):
+        dequantize_inputs(permuted, inputs)

@@ -61,6 +61,75 @@ def test_other_widths_are_served_too(tmp_path: Path, bits: int) -> None:
     assert difference.abs().max() < 0.15
 
 
+MIXED = {
+    r"-:.*\.1\..*v_proj": {},
+    r".*q_proj": {"bits": 8},
+    r".*k_proj": {"bits": 3, "group_size": 48},
+    r".*up_proj": {"bits": 2, "group_size": -1},
+    r".*1\.mlp\.gate_proj": {"sym": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "tolerance"),
+    [(ReferenceBackend(), 1e-4), (CpuBackend("float32"), 1e-4), (CpuBackend("bfloat16"), 0.1)],
+    ids=["reference", "cpu-float32", "cpu-bfloat16"],
+)
+@pytest.mark.parametrize(
+    "quant",
+    [
+        QuantConfig(group_size=32, sym=False, checkpoint_format="gptq_v2"),
+        QuantConfig(group_size=32, dynamic=MIXED, checkpoint_format="gptq_v2"),
+        QuantConfig(group_size=32, sym=False, checkpoint_format="compressed-tensors"),
+        QuantConfig(group_size=32, dynamic=MIXED, checkpoint_format="compressed-tensors"),
+        QuantConfig(group_size=32, lm_head=True, dynamic={"lm_head": {"bits": 8}}),
+        QuantConfig(
+            group_size=32, sym=False, lm_head=True, embeddings=True, checkpoint_format="gptq_v2"
+        ),
+        QuantConfig(
+            bits=8,
+            group_size=32,
+            lm_head=True,
+            embeddings=True,
+            checkpoint_format="compressed-tensors",
+        ),
+    ],
+    ids=["asym", "mixed", "compressed", "mixed-compressed", "head", "all", "all-compressed"],
+)
+def test_whatever_is_quantized_is_served(
+    tmp_path: Path, backend: KernelBackend, tolerance: float, quant: QuantConfig
+) -> None:
+    tied = not quant.lm_head
+    tiny = build_tiny_model(
+        tmp_path / "m",
+        quant=quant,
+        tie_word_embeddings=tied,
+        intermediate_size=192,
+    )
+    decoder = load_decoder(tiny.folder, backend)
+    prompt = random_prompt(40, 0, seed=5)
+    caches = caches_for(decoder, 3)
+    run_step(decoder, caches, [(prompt, 39)])
+    run_step(decoder, caches, [(prompt, 1)])
+    expected = oracle_logits(tiny, prompt.token_ids)
+    actual = torch.stack(prompt.logits)
+    assert expected.std() > 0.5
+    assert (actual - expected).abs().max() < tolerance * expected.std()
+
+
+@pytest.mark.parametrize("kind", ["gptq_v2", "compressed-tensors"])
+def test_a_packed_embedding_may_be_the_head_too(tmp_path: Path, kind: str) -> None:
+    quant = QuantConfig(group_size=32, embeddings=True, checkpoint_format=kind)
+    tiny = build_tiny_model(
+        tmp_path / "m", quant=quant, tie_word_embeddings=True, intermediate_size=192
+    )
+    decoder = load_decoder(tiny.folder, ReferenceBackend())
+    prompt = random_prompt(20, 0, seed=5)
+    run_step(decoder, caches_for(decoder, 2), [(prompt, 20)])
+    difference = torch.stack(prompt.logits) - oracle_logits(tiny, prompt.token_ids)
+    assert difference.abs().max() < 1e-4
+
+
 def test_hidden_states_do_not_depend_on_chunks_or_neighbours(tiny_model: TinyModel) -> None:
     """The fast path, bit for bit: the last norm's input decides the logits."""
     decoder = load_decoder(tiny_model.folder, CpuBackend("bfloat16"))

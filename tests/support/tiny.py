@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from byte_tokenizer import byte_tokenizer
 from lowbit.kernels.packing import PackedWeight, dequantize, num_groups, pack_codes
-from lowbit.quant.checkpoint import gptq_tensors, write_checkpoint
+from lowbit.quant.checkpoint import write_checkpoint
 from lowbit.quant.config import QuantConfig
+from lowbit.quant.formats import embedding_matrix, linear_tensors
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -76,24 +76,48 @@ def build_tiny_model(
     torch.nn.init.normal_(oracle.get_output_embeddings().weight, std=0.3)
     for parameter in oracle.parameters():
         parameter.data = parameter.data.half().float()  # what fp16 storage keeps
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, module in oracle.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.endswith(PROJECTIONS):
-            weight = random_packed_weight(
-                module.in_features,
-                module.out_features,
-                bits=quant.bits,
-                group_size=quant.group_size,
-                sym=quant.sym,
-            )
-            module.weight.data = dequantize(weight)
-            tensors.update(gptq_tensors(name, weight, quant))
+        packed = _pack(name, module, quant)
+        if packed is not None:
+            by_row = isinstance(module, torch.nn.Linear) or _groups_features(quant)
+            matrix = dequantize(packed)
+            module.weight.data = matrix if by_row else matrix.t().contiguous()
+            tensors |= linear_tensors(name, packed, quant)
     for name, parameter in oracle.named_parameters():
-        if not name.removesuffix(".weight").endswith(PROJECTIONS):
+        if not any(key.startswith(f"{name.removesuffix('.weight')}.") for key in tensors):
             tensors[name] = parameter.data.to(torch.float16).clone()
     config = {**oracle.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
     write_checkpoint(folder, tensors, config, quant, write_extras=_write_tokenizer)
     return TinyModel(folder, oracle)
+
+
+def _pack(name: str, module: torch.nn.Module, quant: QuantConfig) -> PackedWeight | None:
+    """Random codes for what the config quantizes; a head's logits differ by several units."""
+    if isinstance(module, torch.nn.Embedding):
+        form, magnitude = quant.for_embedding(name), 1.0
+    elif isinstance(module, torch.nn.Linear):
+        form, magnitude = quant.for_module(name), 3.0 if name == "lm_head" else 1.0
+    else:
+        return None
+    if form is None:
+        return None
+    table = isinstance(module, torch.nn.Embedding)
+    out_features, in_features = (
+        embedding_matrix(module.weight, quant).shape if table else module.weight.shape
+    )
+    return random_packed_weight(
+        in_features,
+        out_features,
+        bits=form.bits,
+        group_size=form.group_size,
+        sym=form.sym,
+        magnitude=magnitude,
+    )
+
+
+def _groups_features(quant: QuantConfig) -> bool:
+    return quant.checkpoint_format == "compressed-tensors"
 
 
 def _write_tokenizer(folder: Path) -> None:
