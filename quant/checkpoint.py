@@ -1,19 +1,21 @@
-"""Packed checkpoints on disk: reading, checking and writing. The only code that knows the format.
+"""Packed checkpoints on disk: reading, checking and writing folders of safetensors.
 
-Tensor names, GPTQ v1/v2 conventions, `config.json` and safetensors shards in; canonical weights
-out. Knows nothing of models, of how codes were found, or of who reads them. Safetensors only:
-nothing here ever unpickles.
+`config.json`, shards and their index in, canonical weights out (`formats` knows how a layer lies in
+its tensors), and back. Knows nothing of models, of how codes were found, or of who reads them.
+Safetensors only: nothing here ever unpickles.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,27 +24,30 @@ from torch import Tensor
 
 from ..kernels.packing import (
     DenseWeight,
+    EmbeddingWeight,
     LinearWeight,
+    PackedEmbedding,
     PackedWeight,
-    num_groups,
-    pack_codes,
-    pack_zeros,
-    packed_rows,
-    unpack_codes,
-    unpack_zeros,
+    dequantize,
+    select_outputs,
 )
-from .config import QuantConfig
+from .config import ModuleConfig, QuantConfig
 from .errors import CheckpointError
+from .formats import (
+    CODES_NAME,
+    FLOAT_DTYPES,
+    LayerShape,
+    packed_features,
+    read_linear,
+)
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 QUANT_CONFIG_FILE = "quantize_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 4 << 30
-
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-INDEX_DTYPES = (torch.int32, torch.int64)
+MAX_SHARD_BYTES = 1 << 30  # what a writer holds at a time
+_DIGEST_ROWS = 4096
 
 
 class CheckpointReader:
@@ -80,46 +85,57 @@ class CheckpointReader:
         """Every tensor of the checkpoint, sorted."""
         return sorted(self._file_of)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, from the file's header: nothing is read. Raises CheckpointError."""
+        return tuple(self._shard(name).get_slice(name).get_shape())
+
     def take(self, name: str, *, shape: tuple[int, ...] | None = None) -> Tensor:
         """A floating tensor (fp16, bf16 or fp32) by its full name, checked and marked as taken."""
-        return self._take(name, FLOAT_DTYPES, shape)
+        return self.take_raw(name, FLOAT_DTYPES, shape)
 
     def take_linear(self, prefix: str, in_features: int, out_features: int) -> LinearWeight:
         """The linear layer `prefix`, [out_features, in_features], packed or dense.
 
-        Raises CheckpointError when a tensor is missing, has another dtype or shape, or when
-        `g_idx` describes groups that no permutation makes equally large.
+        Raises CheckpointError when a tensor is missing, has another dtype or shape, when `g_idx`
+        names groups that do not exist, or when the config leaves a packed layer at 16 bits.
         """
-        bias_name = f"{prefix}.bias"
-        bias = self.take(bias_name, shape=(out_features,)) if bias_name in self else None
-        if f"{prefix}.qweight" not in self:
+        module = self._packed_module(prefix)
+        if module is None:
             weight = self.take(f"{prefix}.weight", shape=(out_features, in_features))
-            return DenseWeight(weight=weight, bias=bias)
-        quant = self.quant_config
-        if quant is None:
-            raise self._error(f"{prefix}.qweight", f"{CONFIG_FILE} has no quantization_config")
-        groups = num_groups(in_features, quant.group_size)
-        group_size = in_features if quant.group_size == -1 else quant.group_size
-        words = (packed_rows(in_features, quant.bits), out_features)
-        scales = self.take(f"{prefix}.scales", shape=(groups, out_features))
-        if not bool(torch.isfinite(scales).all()):
-            raise self._error(f"{prefix}.scales", "holds values that are not finite")
-        qweight = self._take(f"{prefix}.qweight", (torch.int32,), words)
-        permutation = self._take_permutation(prefix, in_features, group_size)
-        if permutation is not None:
-            codes = unpack_codes(qweight, quant.bits, in_features)
-            qweight = pack_codes(codes[permutation], quant.bits)
-        return PackedWeight(
-            bits=quant.bits,
-            group_size=group_size,
-            in_features=in_features,
-            out_features=out_features,
-            qweight=qweight,
-            scales=scales,
-            zeros=self._take_zeros(prefix, quant, groups, out_features),
-            input_permutation=permutation,
-            bias=bias,
-        )
+            return DenseWeight(weight=weight, bias=self._take_bias(prefix, out_features))
+        return self._take_packed(prefix, module, in_features, out_features)
+
+    def take_packed(self, prefix: str) -> PackedWeight:
+        """A packed layer whose size its own tensors tell; `packed_prefixes` lists them."""
+        module = self._packed_module(prefix)
+        if module is None:
+            raise CheckpointError(f"{self.folder}: {prefix} is not packed")
+        return self._take_packed(prefix, module, *self.packed_features(prefix))
+
+    def packed_features(self, prefix: str) -> tuple[int, int]:
+        """(in_features, out_features) of a packed layer, from its tensors' shapes."""
+        module = self._packed_module(prefix)
+        if module is None or self.quant_config is None:
+            raise CheckpointError(f"{self.folder}: {prefix} is not packed")
+        return packed_features(self, prefix, module, self.quant_config)
+
+    def take_embedding(self, prefix: str, num_rows: int, num_features: int) -> EmbeddingWeight:
+        """The embedding table `prefix`, [num_rows, num_features], packed or dense."""
+        module, quant = self._packed_module(prefix), self.quant_config
+        if module is None or quant is None:
+            return self.take(f"{prefix}.weight", shape=(num_rows, num_features))
+        by_row = quant.checkpoint_format == "compressed-tensors"
+        sizes = (num_features, num_rows) if by_row else (num_rows, num_features)
+        return PackedEmbedding(weight=self._take_packed(prefix, module, *sizes), by_row=by_row)
+
+    def packed_prefixes(self) -> list[str]:
+        """The full names of all packed layers, sorted."""
+        marks = {f".{name}" for name in CODES_NAME.values()}
+        return [n[: -len(m)] for n in self.names() for m in marks if n.endswith(m)]
+
+    def remaining(self) -> list[str]:
+        """Every tensor that nobody took yet, sorted."""
+        return sorted(self._left)
 
     def check_all_consumed(self) -> None:
         """Raises CheckpointError that lists the tensors nobody took."""
@@ -134,53 +150,58 @@ class CheckpointReader:
                 f"{', '.join(names[:5])}{more}"
             )
 
-    def _take_zeros(self, prefix: str, quant: QuantConfig, groups: int, columns: int) -> Tensor:
-        """True zero points, [G, N] uint8, whichever convention the file follows."""
-        words = (groups, packed_rows(columns, quant.bits))
-        packed = self._take(f"{prefix}.qzeros", (torch.int32,), words)
-        stored = unpack_zeros(packed, quant.bits, columns)
-        middle = 1 << (quant.bits - 1)
-        if quant.checkpoint_format == "gptq_v2":
-            return stored
-        # Some symmetric checkpoints carry v2 words under the v1 label (vllm-project/vllm#38966):
-        # a symmetric zero point is always the middle code, so the words themselves tell.
-        if quant.sym and bool((stored == middle).all()):
-            return stored
-        return (stored + 1) & ((1 << quant.bits) - 1)  # per field: a carry must not spread
-
-    def _take_permutation(self, prefix: str, in_features: int, group_size: int) -> Tensor | None:
-        """None when the groups lie in order; else the order of inputs that makes them so."""
-        name = f"{prefix}.g_idx"
-        if name not in self:
-            return None
-        g_idx = self._take(name, INDEX_DTYPES, (in_features,)).to(torch.int64)
-        regular = torch.arange(in_features) // group_size
-        if torch.equal(g_idx, regular):
-            return None
-        last = num_groups(in_features, group_size) - 1
-        if int(g_idx.min()) < 0 or int(g_idx.max()) > last:
-            found = f"holds groups {int(g_idx.min())} to {int(g_idx.max())}"
-            raise self._error(name, f"{found}, expected 0 to {last}")
-        permutation = torch.argsort(g_idx, stable=True)
-        if not torch.equal(g_idx[permutation], regular):
-            raise self._error(name, f"its groups do not hold {group_size} inputs each")
-        return permutation
-
-    def _take(
-        self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None
+    def take_raw(
+        self,
+        name: str,
+        dtypes: tuple[torch.dtype, ...] | None = None,
+        shape: tuple[int, ...] | None = None,
     ) -> Tensor:
-        if name not in self:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+        """A tensor, if given of one of those dtypes and of that shape, marked as taken."""
         try:
-            tensor: Tensor = self._shards[self._file_of[name]].get_tensor(name)
+            tensor: Tensor = self._shard(name).get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise self._error(name, f"cannot be read ({error})") from None
-        if tensor.dtype not in dtypes:
-            raise self._error(name, f"dtype is {_short(tensor.dtype)}, expected {_short(*dtypes)}")
+            raise self.error(name, f"cannot be read ({error})") from None
+        if dtypes is not None and tensor.dtype not in dtypes:
+            raise self.error(name, f"dtype is {_short(tensor.dtype)}, expected {_short(*dtypes)}")
         if shape is not None and tuple(tensor.shape) != shape:
-            raise self._error(name, f"shape is {list(tensor.shape)}, expected {list(shape)}")
+            raise self.error(name, f"shape is {list(tensor.shape)}, expected {list(shape)}")
         self._left.discard(name)
         return tensor
+
+    def error(self, name: str, reason: str) -> CheckpointError:
+        """What is wrong with a tensor, with the file that holds it."""
+        return CheckpointError(f"{self.folder / self._file_of[name]}: tensor {name}: {reason}")
+
+    def _shard(self, name: str) -> Any:
+        if name not in self:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+        return self._shards[self._file_of[name]]
+
+    def _packed_module(self, prefix: str) -> ModuleConfig | None:
+        """How a packed layer is quantized; None for one that stands there as a dense weight."""
+        quant = self.quant_config
+        name = f"{prefix}.{CODES_NAME[quant.checkpoint_format] if quant else 'qweight'}"
+        if name not in self:
+            return None
+        if quant is None:
+            raise self.error(name, f"{CONFIG_FILE} has no quantization_config")
+        module = quant.for_module(prefix)
+        if module is None:
+            raise self.error(name, "the quantization config leaves this layer at 16 bits")
+        return module
+
+    def _take_packed(
+        self, prefix: str, module: ModuleConfig, in_features: int, out_features: int
+    ) -> PackedWeight:
+        assert self.quant_config is not None  # _packed_module found the layer by it
+        layer = LayerShape(
+            prefix=prefix, in_features=in_features, out_features=out_features, module=module
+        )
+        return read_linear(self, layer, self.quant_config, self._take_bias(prefix, out_features))
+
+    def _take_bias(self, prefix: str, out_features: int) -> Tensor | None:
+        name = f"{prefix}.bias"
+        return self.take(name, shape=(out_features,)) if name in self else None
 
     def _check_index(self) -> None:
         for name, file in _weight_map(self.folder).items():
@@ -188,39 +209,6 @@ class CheckpointReader:
                 raise CheckpointError(
                     f"{self.folder / file}: tensor {name} of the index is missing"
                 )
-
-    def _error(self, name: str, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder / self._file_of[name]}: tensor {name}: {reason}")
-
-
-def gptq_tensors(prefix: str, weight: PackedWeight, quant_config: QuantConfig) -> dict[str, Tensor]:
-    """The tensors of one packed layer under their GPTQ names.
-
-    qweight [ceil(K*bits/32), N] int32, qzeros [G, ceil(N*bits/32)] int32, scales [G, N] fp16,
-    g_idx [K] int32, bias [N] fp16. Raises CheckpointError for scales outside the fp16 range and
-    for asymmetric codes in format "gptq", whose zero points other readers cannot tell apart.
-    """
-    v1 = quant_config.checkpoint_format == "gptq"
-    if v1 and not quant_config.sym:
-        raise CheckpointError(f"{prefix}: asymmetric codes need checkpoint_format 'gptq_v2'")
-    zeros = (weight.zeros - 1) & ((1 << weight.bits) - 1) if v1 else weight.zeros
-    scales = weight.scales.to(torch.float16)
-    if not bool(torch.isfinite(scales).all()):
-        raise CheckpointError(f"{prefix}: a scale is too large for fp16")
-    qweight, g_idx = weight.qweight, torch.arange(weight.in_features) // weight.group_size
-    if weight.input_permutation is not None:
-        order = torch.argsort(weight.input_permutation)
-        codes = unpack_codes(qweight, weight.bits, weight.in_features)
-        qweight, g_idx = pack_codes(codes[order], weight.bits), g_idx[order]
-    tensors = {
-        f"{prefix}.qweight": qweight,
-        f"{prefix}.qzeros": pack_zeros(zeros, weight.bits),
-        f"{prefix}.scales": scales,
-        f"{prefix}.g_idx": g_idx.to(torch.int32),
-    }
-    if weight.bias is not None:
-        tensors[f"{prefix}.bias"] = weight.bias.to(torch.float16)
-    return tensors
 
 
 def check_output(folder: Path) -> None:
@@ -237,64 +225,179 @@ def check_output(folder: Path) -> None:
         raise CheckpointError(f"{folder}: nothing can be written in {parent}")
 
 
+class CheckpointWriter:
+    """A checkpoint written piece by piece: `with CheckpointWriter(...) as writer: writer.add(...)`.
+
+    Everything goes to a hidden sibling folder first; a shard is written as soon as it is full, so
+    no more than one is ever held. Leaving the block flushes the files to the disk and gives the
+    folder its name in one rename; leaving it through an exception removes what was written.
+    Raises CheckpointError when `folder` is not free or the disk refuses.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        quant_config: QuantConfig,
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        self.folder = Path(folder).absolute()
+        self._partial = self.folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+        quant_config.to_dict()  # a format that is never written is refused now
+        self._config, self._quant_config = config, quant_config
+        self._max_shard_bytes = max_shard_bytes
+        self._shard: dict[str, Tensor] = {}
+        self._shard_bytes = 0
+        self._total_bytes = 0
+        self._names: list[list[str]] = []  # of each shard that stands on the disk
+        self._added: dict[str, int] = {}  # number of dimensions of each tensor
+
+    def __enter__(self) -> Self:
+        check_output(self.folder)
+        try:
+            with self._writing():
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                self._partial.mkdir()
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                with self._writing():
+                    self._finish()
+        finally:
+            self._discard()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors added so far."""
+        return self._total_bytes
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Tensors under their full names, each once; they must not change afterwards."""
+        for name, tensor in tensors.items():
+            if name in self._added:
+                raise CheckpointError(f"{self.folder}: tensor {name} is written twice")
+            if self._shard and self._shard_bytes + tensor.nbytes > self._max_shard_bytes:
+                self._flush_shard()
+            self._added[name] = tensor.dim()
+            self._shard[name] = self._own(tensor.contiguous())
+            self._shard_bytes += tensor.nbytes
+            self._total_bytes += tensor.nbytes
+
+    def add_files(self, write: Callable[[Path], None]) -> None:
+        """Let `write` put further files (a tokenizer's) into the folder it is given."""
+        with self._writing():
+            write(self._partial)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        # safetensors refuses one tensor under two names, as an untied head may come.
+        held = {other.data_ptr() for other in self._shard.values()}
+        return tensor.clone() if tensor.data_ptr() in held else tensor
+
+    def _flush_shard(self) -> None:
+        path = self._partial / f"shard-{len(self._names)}.safetensors"
+        with self._writing():
+            save_file(self._shard, path, metadata={"format": "pt"})
+        self._names.append(list(self._shard))
+        self._shard, self._shard_bytes = {}, 0
+
+    def _finish(self) -> None:
+        if self._shard or not self._names:
+            self._flush_shard()
+        self._name_shards()
+        self._write_configs()
+        for path in self._partial.iterdir():
+            # safetensors makes files for the owner alone, whatever the umask says.
+            shutil.copymode(self._partial / CONFIG_FILE, path)
+            _flush(path)
+        self._partial.replace(self.folder)
+        _flush(self.folder.parent)
+
+    def _write_configs(self) -> None:
+        marks = tuple(f".{name}" for name in set(CODES_NAME.values()))
+        packed = {name.rpartition(".")[0] for name in self._added if name.endswith(marks)}
+        dense = {n[:-7] for n, dim in self._added.items() if n.endswith(".weight") and dim == 2}
+        quant = self._quant_config.to_dict(packed, dense)
+        _write_json(self._partial / CONFIG_FILE, {**self._config, "quantization_config": quant})
+        _write_json(self._partial / QUANT_CONFIG_FILE, quant)
+
+    def _name_shards(self) -> None:
+        count = len(self._names)
+        files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        files = files if count > 1 else [SINGLE_FILE]
+        for i, file in enumerate(files):
+            (self._partial / f"shard-{i}.safetensors").rename(self._partial / file)
+        if count > 1:
+            pairs = zip(self._names, files, strict=True)
+            weight_map = {name: file for names, file in pairs for name in names}
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            _write_json(self._partial / INDEX_FILE, index)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder}: cannot be written ({error})") from error
+
+    def _discard(self) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+
 def write_checkpoint(
     folder: Path,
-    tensors: dict[str, Tensor],
-    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
     quant_config: QuantConfig,
     *,
     write_extras: Callable[[Path], None] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a whole checkpoint, or nothing.
+    """Write a whole checkpoint, or nothing: see CheckpointWriter.
 
-    Everything goes to a hidden sibling folder first, is flushed to the disk, and takes its name in
-    one rename; `write_extras` adds the tokenizer's files there. Raises CheckpointError when
-    `folder` is not free or the disk refuses, and leaves no folder behind then.
+    `write_extras` adds the tokenizer's files. Raises CheckpointError when `folder` is not free or
+    the disk refuses, and leaves no folder behind then.
     """
-    check_output(folder)
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
-    quant = quant_config.to_dict()
-    try:
-        partial.mkdir()
-        _write_json(partial / CONFIG_FILE, {**config, "quantization_config": quant})
-        _write_json(partial / QUANT_CONFIG_FILE, quant)
-        _write_shards(partial, tensors, max_shard_bytes)
+    with CheckpointWriter(folder, config, quant_config, max_shard_bytes=max_shard_bytes) as writer:
+        writer.add(tensors)
         if write_extras is not None:
-            write_extras(partial)
-        for path in partial.iterdir():
-            # safetensors makes files for the owner alone, whatever the umask says.
-            shutil.copymode(partial / CONFIG_FILE, path)
-            _flush(path)
-        partial.replace(folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            writer.add_files(write_extras)
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    used = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and used + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            used = 0
-        shards[-1][name] = tensor.contiguous()
-        used += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE_FILE, metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / INDEX_FILE, index)
+def digest(value: PackedWeight | Tensor) -> str:
+    """What a tensor holds, as a name: dtype, shape and bytes of it; of a packed layer, its
+    dequantized float32 weight and its bias.
+    """
+    found = hashlib.sha256()
+    if isinstance(value, PackedWeight):
+        found.update(f"packed {value.out_features} {value.in_features}".encode())
+        for outputs in torch.arange(value.out_features).split(_DIGEST_ROWS):
+            # 0 * a negative scale is -0; adding 0 makes it the 0 that it is elsewhere.
+            _update(found, dequantize(select_outputs(value, outputs)) + 0.0)
+        value = torch.empty(0) if value.bias is None else value.bias.to(torch.float32)
+    found.update(f"{value.dtype} {list(value.shape)}".encode())
+    _update(found, value)
+    return found.hexdigest()
+
+
+def verify_checkpoint(folder: Path, expected: Mapping[str, str]) -> None:
+    """Re-read a checkpoint and compare everything in it with what should have been written.
+
+    `expected`: full name of a packed layer, or of another tensor -> its `digest`. Raises
+    CheckpointError naming what is missing, differs or is not expected.
+    """
+    reader = CheckpointReader(folder)
+    packed = set(reader.packed_prefixes())
+    for name, written in expected.items():
+        value = reader.take_packed(name) if name in packed else reader.take_raw(name)
+        if digest(value) != written:
+            raise CheckpointError(f"{folder}: {name} is not what was written")
+    reader.check_all_consumed()
 
 
 def _shard_paths(folder: Path) -> list[Path]:
@@ -369,10 +472,17 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _update(found: Any, tensor: Tensor) -> None:
+    found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 def _flush(path: Path) -> None:
     """Some file systems report a full disk only here, which must be before the rename."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _short(*dtypes: torch.dtype) -> str:

@@ -21,3 +21,11 @@ class SolverError(QuantError):
 
 class CheckpointError(QuantError):
     """A checkpoint cannot be read or written. One line that names the file and the reason."""
+
+
+class PeerError(QuantError):
+    """Another process of the same run failed; that process says why."""
+
+
+class JournalError(QuantError):
+    """An unfinished run's folder belongs to another run, or to one that is still working."""

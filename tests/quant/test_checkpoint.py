@@ -11,345 +11,30 @@ from typing import Any
 
 import pytest
 import torch
-from lowbit.kernels.packing import (
-    DenseWeight,
-    PackedWeight,
-    dequantize,
-    num_groups,
-    pack_codes,
-    pack_zeros,
-    unpack_zeros,
+from checkpoints import CONFIG, random_weight, write_raw
+from lowbit.kernels.packing import PackedWeight, dequantize
+from lowbit.quant.checkpoint import (
+    CheckpointReader,
+    CheckpointWriter,
+    check_output,
+    digest,
+    verify_checkpoint,
+    write_checkpoint,
 )
-from lowbit.quant.checkpoint import CheckpointReader, check_output, gptq_tensors, write_checkpoint
 from lowbit.quant.config import QuantConfig
 from lowbit.quant.errors import CheckpointError
+from lowbit.quant.formats import linear_tensors
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GPTQConfig
-
-CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
 
 
-def random_weight(
-    in_features: int, out_features: int, bits: int, group_size: int, *, sym: bool = True
-) -> PackedWeight:
-    groups = num_groups(in_features, group_size)
-    zeros = torch.full((groups, out_features), 1 << (bits - 1), dtype=torch.uint8)
-    if not sym:
-        zeros = torch.randint(0, 1 << bits, zeros.shape, dtype=torch.uint8)
-    return PackedWeight(
-        bits=bits,
-        group_size=in_features if group_size == -1 else group_size,
-        in_features=in_features,
-        out_features=out_features,
-        qweight=pack_codes(torch.randint(0, 1 << bits, (in_features, out_features)), bits),
-        scales=torch.randn(groups, out_features).to(torch.float16),
-        zeros=zeros,
-        bias=torch.randn(out_features).to(torch.float16),
-    )
-
-
-def write_raw(folder: Path, tensors: dict[str, Tensor], quant: dict[str, Any] | None) -> Path:
-    """A checkpoint as some other tool may have left it."""
-    folder.mkdir()
-    config = CONFIG if quant is None else {**CONFIG, "quantization_config": quant}
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def linear_tensors(quant: QuantConfig, in_features: int = 96, out_features: int = 24) -> Any:
+def linear_tensors_of(quant: QuantConfig, in_features: int = 96, out_features: int = 24) -> Any:
     weight = random_weight(in_features, out_features, quant.bits, quant.group_size, sym=quant.sym)
-    return weight, gptq_tensors("x", weight, quant)
-
-
-# the configuration
-
-
-def test_config_round_trip() -> None:
-    config = QuantConfig(
-        bits=3, group_size=-1, sym=False, desc_act=True, lm_head=True, checkpoint_format="gptq_v2"
-    )
-    assert QuantConfig.from_dict(config.to_dict()) == config
-    assert QuantConfig.from_dict(QuantConfig().to_dict()) == QuantConfig()
-
-
-def test_config_is_what_transformers_reads() -> None:
-    read = GPTQConfig.from_dict(QuantConfig(bits=8, group_size=32).to_dict())
-    assert (read.bits, read.group_size, read.desc_act, read.sym) == (8, 32, False, True)
-    assert QuantConfig.from_dict(read.to_dict()) == QuantConfig(bits=8, group_size=32)
-
-
-def test_config_has_the_keys_that_vllm_requires() -> None:
-    assert {
-        "quant_method",
-        "bits",
-        "group_size",
-        "desc_act",
-        "sym",
-    } <= QuantConfig().to_dict().keys()
-
-
-@pytest.mark.parametrize(
-    "written",
-    [
-        {  # GPTQModel
-            "bits": 4,
-            "group_size": 128,
-            "desc_act": False,
-            "lm_head": False,
-            "method": "gptq",
-            "quant_method": "gptq",
-            "format": "gptq",
-            "checkpoint_format": "gptq",
-            "pack_dtype": "int32",
-            "dynamic": {},
-            "sym": True,
-            "meta": {
-                "quantizer": ["gptqmodel:7.7.0"],
-                "damp_percent": 0.05,
-                "static_groups": False,
-            },
-        },
-        {  # AutoGPTQ
-            "bits": 4,
-            "group_size": 128,
-            "damp_percent": 0.05,
-            "desc_act": False,
-            "static_groups": False,
-            "sym": True,
-            "true_sequential": True,
-            "model_name_or_path": None,
-            "model_file_base_name": "model",
-            "is_marlin_format": False,
-        },
-    ],
-)
-def test_config_of_other_tools_is_read(written: dict[str, Any]) -> None:
-    assert QuantConfig.from_dict(written) == QuantConfig(group_size=128, damp_percent=0.05)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"quant_method": "awq"}, "quant_method is 'awq'; only 'gptq' is supported"),
-        ({"bits": 5}, "bits is 5; supported are 2, 3, 4, 8"),
-        ({"bits": "4"}, "bits is '4'"),
-        ({"bits": True}, "bits is True"),
-        ({"bits": None}, "bits is None"),
-        ({"group_size": 0}, "group_size is 0"),
-        ({"group_size": -2}, "group_size is -2"),
-        ({"group_size": 64.0}, "group_size is 64.0"),
-        ({"sym": "yes"}, "sym is 'yes'"),
-        ({"desc_act": None}, "desc_act is None"),
-        ({"damp_percent": 1.5}, "damp_percent is 1.5"),
-        ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
-        ({"checkpoint_format": None, "format": "gptq_p"}, "checkpoint_format is 'gptq_p'"),
-        ({"is_marlin_format": True}, "is_marlin_format is True"),
-        ({"pack_dtype": "int16"}, "pack_dtype is 'int16'"),
-        ({"dynamic": {"-:.*mlp": {}}}, "dynamic is "),
-    ],
-)
-def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        QuantConfig.from_dict({**QuantConfig().to_dict(), **change})
-
-
-def test_missing_keys_are_named() -> None:
-    with pytest.raises(CheckpointError, match="group_size is missing"):
-        QuantConfig.from_dict({"quant_method": "gptq", "bits": 4})
-
-
-# round trips
-
-SHAPES = [(64, 32), (96, 24), (72, 5), (130, 33), (7, 3)]
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("group_size", [32, -1, 128])
-@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-def test_a_layer_comes_back_as_it_was(
-    tmp_path: Path, bits: int, shape: tuple[int, int], group_size: int, version: str
-) -> None:
-    torch.manual_seed(0)
-    sym = version == "gptq"
-    quant = QuantConfig(bits=bits, group_size=group_size, sym=sym, checkpoint_format=version)
-    weight = random_weight(*shape, bits, group_size, sym=sym)
-    write_checkpoint(tmp_path / "out", gptq_tensors("x", weight, quant), CONFIG, quant)
-    reader = CheckpointReader(tmp_path / "out")
-    read = reader.take_linear("x", *shape)
-    reader.check_all_consumed()
-    assert isinstance(read, PackedWeight)
-    assert read.input_permutation is None
-    assert torch.equal(read.zeros, weight.zeros)
-    assert torch.equal(read.qweight, weight.qweight)
-    assert torch.equal(dequantize(read), dequantize(weight))
-    assert read.bias is not None and torch.equal(read.bias, weight.bias)
-    assert reader.quant_config == quant
-
-
-def test_the_stored_words_are_those_of_the_format() -> None:
-    """The words that other readers compare with: see the GPTQ layouts of AutoGPTQ and GPTQModel."""
-    for bits, v1, v2 in ((2, 0x55555555, 0xAAAAAAAA), (4, 0x77777777, 0x88888888)):
-        for version, word in (("gptq", v1), ("gptq_v2", v2)):
-            quant = QuantConfig(bits=bits, group_size=32, checkpoint_format=version)
-            _, tensors = linear_tensors(quant, 64, 32)
-            assert set((tensors["x.qzeros"] & 0xFFFFFFFF).flatten().tolist()) <= {
-                word,
-                word - 2**32,
-            }
-    _, tensors = linear_tensors(QuantConfig(group_size=32), 96, 24)
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    assert shapes == {
-        "x.qweight": ((12, 24), torch.int32),
-        "x.qzeros": ((3, 3), torch.int32),
-        "x.scales": ((3, 24), torch.float16),
-        "x.g_idx": ((96,), torch.int32),
-        "x.bias": ((24,), torch.float16),
-    }
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_every_asymmetric_zero_point_survives_in_v1_files(tmp_path: Path, bits: int) -> None:
-    """Field by field: adding one to a whole word would carry a stored -1 into its neighbour."""
-    quant = QuantConfig(bits=bits, group_size=32, sym=False)
-    weight = random_weight(64, 40, bits, 32, sym=False)
-    weight.zeros[0, :4] = 0
-    tensors = gptq_tensors("x", weight, QuantConfig(bits=bits, group_size=32))
-    read = CheckpointReader(write_raw(tmp_path / "v1", tensors, quant.to_dict())).take_linear(
-        "x", 64, 40
-    )
-    assert isinstance(read, PackedWeight)
-    assert torch.equal(read.zeros, weight.zeros)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_v2_zero_points_under_the_v1_label_are_noticed(tmp_path: Path, bits: int) -> None:
-    weight = random_weight(64, 40, bits, 32)
-    tensors = gptq_tensors("x", weight, QuantConfig(bits=bits, checkpoint_format="gptq_v2"))
-    label = QuantConfig(bits=bits, group_size=32).to_dict()
-    read = CheckpointReader(write_raw(tmp_path / "x", tensors, label)).take_linear("x", 64, 40)
-    assert isinstance(read, PackedWeight)
-    assert torch.equal(read.zeros, weight.zeros)
-
-
-def test_asymmetric_codes_are_not_written_as_v1() -> None:
-    weight = random_weight(64, 40, 4, 32, sym=False)
-    with pytest.raises(CheckpointError, match="asymmetric codes need checkpoint_format 'gptq_v2'"):
-        gptq_tensors("x", weight, QuantConfig(sym=False))
-
-
-@pytest.mark.parametrize("in_features", [96, 72])
-def test_an_activation_order_becomes_a_permutation(tmp_path: Path, in_features: int) -> None:
-    torch.manual_seed(1)
-    quant = QuantConfig(group_size=32, desc_act=True)
-    groups = torch.arange(in_features) // 32
-    shuffled = torch.randperm(in_features)
-    g_idx = groups[shuffled]
-    weight, tensors = linear_tensors(quant, in_features)
-    codes = torch.randint(0, 16, (in_features, 24))
-    tensors |= {"x.qweight": pack_codes(codes, 4), "x.g_idx": g_idx.to(torch.int32)}
-    folder = write_raw(tmp_path / "x", tensors, quant.to_dict())
-    read = CheckpointReader(folder).take_linear("x", in_features, 24)
-    assert isinstance(read, PackedWeight) and read.input_permutation is not None
-    expected = (codes - 8).float() * weight.scales.float()[g_idx]
-    assert torch.equal(dequantize(read), expected.t())
-
-
-def test_a_permuted_layer_comes_back_as_it_was(tmp_path: Path) -> None:
-    quant = QuantConfig(group_size=32, desc_act=True)
-    plain = random_weight(72, 8, 4, 32)
-    fields = {name: getattr(plain, name) for name in PackedWeight.__slots__}
-    weight = PackedWeight(**{**fields, "input_permutation": torch.randperm(72)})
-    write_checkpoint(tmp_path / "out", gptq_tensors("x", weight, quant), CONFIG, quant)
-    read = CheckpointReader(tmp_path / "out").take_linear("x", 72, 8)
-    assert isinstance(read, PackedWeight) and read.input_permutation is not None
-    assert torch.equal(dequantize(read), dequantize(weight))
-
-
-def test_a_layer_without_codes_is_dense(tmp_path: Path) -> None:
-    tensors = {"x.weight": torch.randn(5, 7), "x.bias": torch.randn(5)}
-    reader = CheckpointReader(write_raw(tmp_path / "x", tensors, None))
-    read = reader.take_linear("x", 7, 5)
-    assert isinstance(read, DenseWeight)
-    assert read.bias is not None and torch.equal(read.bias, tensors["x.bias"])
-    assert torch.equal(read.weight, tensors["x.weight"])
-    assert reader.quant_config is None
-    assert "x.weight" in reader and "x.qweight" not in reader
-
-
-def test_a_missing_g_idx_is_the_regular_one(tmp_path: Path) -> None:
-    quant = QuantConfig(group_size=32)
-    weight, tensors = linear_tensors(quant)
-    del tensors["x.g_idx"]
-    folder = write_raw(tmp_path / "x", tensors, quant.to_dict())
-    read = CheckpointReader(folder).take_linear("x", 96, 24)
-    assert isinstance(read, PackedWeight) and read.input_permutation is None
-    assert torch.equal(dequantize(read), dequantize(weight))
-
-
-# what is wrong with a layer
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x.qweight": None}, "tensor x.weight is missing"),
-        ({"x.qzeros": None}, "tensor x.qzeros is missing"),
-        ({"x.scales": None}, "tensor x.scales is missing"),
-        (
-            {"x.qweight": torch.zeros(12, 24, dtype=torch.int64)},
-            "x.qweight: dtype is int64, expected int32",
-        ),
-        (
-            {"x.qweight": torch.zeros(11, 24, dtype=torch.int32)},
-            r"x.qweight: shape is \[11, 24\], expected \[12, 24\]",
-        ),
-        (
-            {"x.qzeros": torch.zeros(3, 24, dtype=torch.int32)},
-            r"x.qzeros: shape is \[3, 24\], expected \[3, 3\]",
-        ),
-        (
-            {"x.scales": torch.zeros(3, 24, dtype=torch.float64)},
-            "x.scales: dtype is float64, expected float16 or bfloat16 or float32",
-        ),
-        (
-            {"x.scales": torch.full((3, 24), torch.nan)},
-            "x.scales: holds values that are not finite",
-        ),
-        ({"x.bias": torch.zeros(23)}, r"x.bias: shape is \[23\], expected \[24\]"),
-        (
-            {"x.g_idx": torch.full((96,), 3, dtype=torch.int32)},
-            "x.g_idx: holds groups 3 to 3, expected 0 to 2",
-        ),
-        (
-            {"x.g_idx": torch.full((96,), -1, dtype=torch.int32)},
-            "x.g_idx: holds groups -1 to -1, expected 0 to 2",
-        ),
-        (
-            {"x.g_idx": torch.zeros(96, dtype=torch.int32)},
-            "x.g_idx: its groups do not hold 32 inputs each",
-        ),
-        ({"x.g_idx": torch.zeros(96)}, "x.g_idx: dtype is float32, expected int32 or int64"),
-    ],
-)
-def test_a_wrong_tensor_is_named(
-    tmp_path: Path, change: dict[str, Tensor | None], message: str
-) -> None:
-    quant = QuantConfig(group_size=32)
-    _, tensors = linear_tensors(quant)
-    tensors = {k: v for k, v in {**tensors, **change}.items() if v is not None}
-    folder = write_raw(tmp_path / "x", tensors, quant.to_dict())
-    with pytest.raises(CheckpointError, match=message) as caught:
-        CheckpointReader(folder).take_linear("x", 96, 24)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    return weight, linear_tensors("x", weight, quant)
 
 
 def test_codes_without_a_quantization_config(tmp_path: Path) -> None:
-    _, tensors = linear_tensors(QuantConfig(group_size=32))
+    _, tensors = linear_tensors_of(QuantConfig(group_size=32))
     folder = write_raw(tmp_path / "x", tensors, None)
     with pytest.raises(CheckpointError, match=r"config\.json has no quantization_config"):
         CheckpointReader(folder).take_linear("x", 96, 24)
@@ -391,7 +76,7 @@ def test_a_second_copy_of_a_tied_head_may_stay(tmp_path: Path, tied: bool) -> No
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     quant = QuantConfig(group_size=32)
-    _, tensors = linear_tensors(quant)
+    _, tensors = linear_tensors_of(quant)
     folder = tmp_path / "checkpoint"
     write_checkpoint(folder, tensors, CONFIG, quant, max_shard_bytes=500)
     assert len(list(folder.glob("*.safetensors"))) > 1
@@ -428,8 +113,8 @@ def test_a_quantization_config_that_is_no_object(checkpoint: Path) -> None:
 
 
 def test_another_quant_method_names_the_file(checkpoint: Path) -> None:
-    (checkpoint / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
-    assert "config.json: quant_method is 'awq'" in open_error(checkpoint)
+    (checkpoint / "config.json").write_text('{"quantization_config": {"quant_method": "hqq"}}')
+    assert "config.json: quant_method is 'hqq'" in open_error(checkpoint)
 
 
 def test_a_missing_shard(checkpoint: Path) -> None:
@@ -492,7 +177,7 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
 
 def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     quant = QuantConfig(group_size=32)
-    _, tensors = linear_tensors(quant, 960, 960)
+    _, tensors = linear_tensors_of(quant, 960, 960)
     with (
         file_size_limit(100_000),
         pytest.raises(CheckpointError, match=r"out: cannot be written \("),
@@ -577,14 +262,108 @@ def test_the_index_of_several_shards(checkpoint: Path) -> None:
     assert not list(checkpoint.parent.glob(".*"))
 
 
-def test_scales_beyond_fp16_are_refused() -> None:
-    weight = random_weight(64, 8, 4, 32)
+# writing piece by piece
+
+
+def test_shards_are_written_as_they_fill(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", CONFIG, QuantConfig(), max_shard_bytes=100) as writer:
+        for i in range(5):
+            writer.add({f"t{i}": torch.full((20,), float(i))})  # 80 bytes: a shard each
+            (partial,) = tmp_path.iterdir()
+            assert len(list(partial.glob("*.safetensors"))) == i
+            assert not (tmp_path / "out").exists()
+        assert writer.num_bytes == 400
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    reader = CheckpointReader(tmp_path / "out")
+    for i in range(5):
+        assert torch.equal(reader.take(f"t{i}"), torch.full((20,), float(i)))
+    assert len(list((tmp_path / "out").glob("model-0000?-of-00005.safetensors"))) == 5
+
+
+def test_a_tensor_is_written_once(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match="out: tensor a is written twice"),
+        CheckpointWriter(tmp_path / "out", CONFIG, QuantConfig()) as writer,
+    ):
+        writer.add({"a": torch.ones(1)})
+        writer.add({"a": torch.ones(1)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_between_two_pieces_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match="solver"),
+        CheckpointWriter(tmp_path / "out", CONFIG, QuantConfig(), max_shard_bytes=1) as writer,
+    ):
+        writer.add({"a": torch.ones(1)})
+        writer.add({"b": torch.ones(1)})
+        raise RuntimeError("solver")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_tensor_under_two_names_is_written_twice(tmp_path: Path) -> None:
+    table = torch.randn(3, 4)
+    write_checkpoint(tmp_path / "out", {"e": table, "h": table}, CONFIG, QuantConfig())
+    reader = CheckpointReader(tmp_path / "out")
+    assert torch.equal(reader.take("e"), table) and torch.equal(reader.take("h"), table)
+
+
+def test_a_format_that_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="this format is read, never written"):
+        CheckpointWriter(tmp_path / "out", CONFIG, QuantConfig(checkpoint_format="awq"))
+
+
+# what was written, read again
+
+
+def whole(tmp_path: Path) -> tuple[Path, dict[str, str], dict[str, Tensor]]:
+    quant = QuantConfig(group_size=32)
+    weight, tensors = linear_tensors_of(quant)
+    tensors = {**tensors, "norm.weight": torch.randn(7)}
+    write_checkpoint(tmp_path / "out", tensors, CONFIG, quant)
+    expected = {"x": digest(weight), "norm.weight": digest(tensors["norm.weight"])}
+    return tmp_path / "out", expected, tensors
+
+
+def test_a_checkpoint_is_what_was_written(tmp_path: Path) -> None:
+    folder, expected, _ = whole(tmp_path)
+    verify_checkpoint(folder, expected)
+
+
+@pytest.mark.parametrize("name", ["x.qweight", "x.qzeros", "x.scales", "x.bias", "norm.weight"])
+def test_one_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
+    folder, expected, tensors = whole(tmp_path)
+    changed = tensors[name].clone()
+    changed.view(-1).view(torch.uint8)[2] ^= 4
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").unlink()
+    damaged = tmp_path / "damaged"
+    quant = QuantConfig(group_size=32)
+    write_checkpoint(damaged, {**tensors, name: changed}, CONFIG, quant)
+    with pytest.raises(CheckpointError, match=f"{name.split('.')[0]}.* is not what was written"):
+        verify_checkpoint(damaged, expected)
+
+
+def test_what_is_missing_or_too_much_is_named(tmp_path: Path) -> None:
+    folder, expected, _ = whole(tmp_path)
+    with pytest.raises(CheckpointError, match=r"y\.weight is missing"):
+        verify_checkpoint(folder, {**expected, "y.weight": "0"})
+    del expected["norm.weight"]
+    with pytest.raises(CheckpointError, match=r"no place in this model: norm\.weight"):
+        verify_checkpoint(folder, expected)
+
+
+def test_a_digest_is_of_the_weight_not_of_its_layout() -> None:
+    weight = random_weight(96, 24, 4, 32)
     fields = {name: getattr(weight, name) for name in PackedWeight.__slots__}
-    large = PackedWeight(**{**fields, "scales": torch.full((2, 8), 1e6)})
-    with pytest.raises(CheckpointError, match="x: a scale is too large for fp16"):
-        gptq_tensors("x", large, QuantConfig(group_size=32))
-
-
-def test_zero_points_pack_along_the_outputs() -> None:
-    zeros = torch.randint(0, 8, (3, 37), dtype=torch.uint8)
-    assert torch.equal(unpack_zeros(pack_zeros(zeros, 3), 3, 37), zeros)
+    halves = {
+        "group_size": 16,
+        "scales": weight.scales.repeat_interleave(2, dim=0),
+        "zeros": weight.zeros.repeat_interleave(2, dim=0),
+    }
+    finer = PackedWeight(**{**fields, **halves})
+    assert torch.equal(dequantize(finer), dequantize(weight))
+    assert digest(finer) == digest(weight)
+    assert digest(random_weight(96, 24, 4, 32)) != digest(weight)
+    assert digest(torch.zeros(2, 3)) != digest(torch.zeros(3, 2))
+    assert digest(torch.zeros(2)) != digest(torch.zeros(2, dtype=torch.int32))
