@@ -3,19 +3,27 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from families import FAMILIES, save_family
 from huggingface_hub.errors import LocalEntryNotFoundError
 from lowbit.quant.config import QuantConfig
-from lowbit.quant.errors import CheckpointError, QuantError, SourceError
+from lowbit.quant.errors import CheckpointError, QuantError
 from lowbit.quant.evaluate import load_reference
 from lowbit.quant.source import COMPANION_FILES, build_model, load_source
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 IDS = torch.arange(40).unsqueeze(0) * 5
 
@@ -49,7 +57,8 @@ def test_a_folder_is_read_as_transformers_reads_it(tiny_source: Path) -> None:
     torch.testing.assert_close(
         logits(str(tiny_source)), reference_logits(tiny_source), rtol=0, atol=0
     )
-    assert {tensor.dtype for tensor in source.tensors.values()} == {torch.float16}
+    assert {source.tensor(name).dtype for name in source.names()} == {torch.float16}
+    assert source.shape("model.layers.1.mlp.up_proj.weight") == (104, 72)
     assert source.tokenizer("ab")["input_ids"] == [97, 98]
 
 
@@ -84,19 +93,72 @@ def test_companions_travel_byte_for_byte(tiny_source: Path, tmp_path: Path) -> N
 
 def test_weights_of_the_model_stay_where_they_are(tiny_source: Path) -> None:
     source = load_source(str(tiny_source))
-    model = build_model(source.config, source.tensors)
+    model = build_model(source)
     name = "model.layers.0.mlp.up_proj.weight"
-    assert model.get_parameter(name).data_ptr() == source.tensors[name].data_ptr()
+    assert model.get_parameter(name).data_ptr() == source.tensor(name).data_ptr()
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_tensors_that_were_released_can_be_read_again(tiny_source: Path) -> None:
+    source = load_source(str(tiny_source))
+    held = source.tensor("model.norm.weight")
+    source.release()
+    assert torch.equal(source.tensor("model.norm.weight"), held)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_whole_model_of_every_family(tmp_path: Path, name: str) -> None:
+    save_family(tmp_path, name)
+    factory: Any = AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
+    model, expected = (
+        build_model(load_source(str(tmp_path)), torch.float32),
+        factory.from_pretrained(tmp_path, dtype=torch.float32),
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_tensor_may_be_stored_twice_or_under_its_other_name(folder: Path) -> None:
+    expected, tensors = logits(str(folder)), load_file(folder / "model.safetensors")
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    save_file({**tensors, head: tensors[embedding].clone()}, folder / "model.safetensors")
+    assert torch.equal(logits(str(folder)), expected)
+    assert head not in load_source(str(folder)).names()
+    tensors[head] = tensors.pop(embedding)
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(logits(str(folder)), expected)
 
 
 # what is refused
 
 
-def test_another_architecture(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
-    assert "model type 'qwen2'; supported are llama" in refusal(folder)
+@pytest.mark.parametrize("kind", ["t5", "gemma3", "vit", "bart"])
+def test_another_architecture(folder: Path, kind: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert f"model type {kind!r} is not supported" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind", ["no_such_model", None])
+def test_an_architecture_that_transformers_does_not_know(folder: Path, kind: str | None) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert "its configuration cannot be read" in refusal(folder)
+
+
+def test_experts_of_another_build(tmp_path: Path) -> None:
+    config = GptOssConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    config.save_pretrained(tmp_path)
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    message = refusal(tmp_path)
+    assert "model.layers.0.mlp.experts: experts of this kind are not supported" in message
+    assert "has_bias, is_transposed" in message
 
 
 def test_a_quantized_model(folder: Path) -> None:
@@ -129,7 +191,7 @@ def test_a_broken_tokenizer(folder: Path) -> None:
     assert "its tokenizer cannot be read" in refusal(folder)
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "twice", "untied"])
 def test_tensors_that_do_not_fit(folder: Path, change: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -139,13 +201,37 @@ def test_tensors_that_do_not_fit(folder: Path, change: str) -> None:
     elif change == "unexpected":
         tensors["model.layers.2.mlp.up_proj.weight"] = torch.ones(1)
         expected = "tensor model.layers.2.mlp.up_proj.weight is not expected"
-    else:
+    elif change == "shape":
         tensors[name] = torch.ones(3, 72, dtype=torch.float16)
-        expected = rf"tensor {name} has shape \[3, 72\], expected \[104, 72\]"
+        expected = f"tensor {name} has shape [3, 72], expected [104, 72]"
+    elif change == "twice":
+        tensors[name.removeprefix("model.")] = tensors[name].clone()
+        expected = f"tensors {name.removeprefix('model.')} and {name} are the same one"
+    else:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+        expected = "tensor lm_head.weight differs from model.embed_tokens.weight"
     save_file(tensors, folder / "model.safetensors")
-    source = load_source(str(folder))
-    with pytest.raises(SourceError, match=expected):
-        build_model(source.config, source.tensors)
+    assert expected in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_a_missing_tensor_of_another_family_is_named_as_on_disk(tmp_path: Path, name: str) -> None:
+    missing = {
+        "gpt2": "transformer.h.1.attn.c_attn.weight",
+        "mixtral": "model.layers.1.block_sparse_moe.experts.2.w3.weight",
+    }[name]
+    tensors = load_file(save_family(tmp_path, name) / "model.safetensors")
+    del tensors[missing]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert f"tensor {missing} is missing" in refusal(tmp_path)
+
+
+def test_a_transposed_tensor_of_gpt2(tmp_path: Path) -> None:
+    name = "transformer.h.0.mlp.c_fc.weight"
+    tensors = load_file(save_family(tmp_path, "gpt2") / "model.safetensors")
+    tensors[name] = tensors[name].t().contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert f"tensor {name} has shape [256, 64], expected [64, 256]" in refusal(tmp_path)
 
 
 def test_paths_that_do_not_exist(tmp_path: Path) -> None:
@@ -277,7 +363,7 @@ def test_the_companions_of_a_gguf_file(tiny_gguf: Path, tmp_path: Path) -> None:
 
 def test_gguf_files_of_other_architectures(tiny_source: Path, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", tiny_source, architecture="mamba")
-    assert "model type 'mamba'; supported are llama" in refusal(tmp_path / "x.gguf")
+    assert "model type 'mamba'; a GGUF file's must be llama" in refusal(tmp_path / "x.gguf")
 
 
 def test_gguf_tensors_without_a_place(tiny_source: Path, tmp_path: Path) -> None:
