@@ -1,69 +1,86 @@
 """GPTQ: a weight matrix and the second moments of its inputs in, integer codes and scales out.
 
-Pure functions over tensors; knows nothing of models, files or progress. Frantar et al. 2022,
-"GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
-(arXiv:2210.17323). Shapes: K input features, N output features, G groups, T tokens.
+Pure functions over tensors; knows nothing of models, files or progress. Shapes: K input features,
+N output features, G groups, T tokens. The steps, each for all output features at once:
 
-Departures from the paper's code: inputs are visited by falling importance while every group's scale
-is found beforehand on the untouched weights (GPTQ's act-order with "static groups"), so `g_idx`
-stays regular and the order costs nothing at run time; the scale search is weighted by the Hessian's
-diagonal; scales have a sign (`grid.search_scale`). What each is worth on a 135M model at 4 bits,
-group 64, 8192 calibration tokens, as KL divergence from the 16-bit model on held-out text:
-largest-weight scales without any of it 0.425; importance-weighted search on the weights as
-compensated so far, left to right 0.20, with groups by falling importance 0.19, with static groups
-0.16; and with signed scales 0.14.
+1. Factorize the damped Hessian, once for all layers that read the same inputs. Frantar et al.
+   2022, "GPTQ" (arXiv:2210.17323), section 3.3.
+2. Move the target: where the inputs already carry the errors of earlier layers, the weight that
+   gives the 16-bit model's outputs is not W but W + E (H + damping)^-1, the least-squares solution
+   with E = sum (wanted output - W x) x^T. This is the asymmetric calibration of Li et al. 2025,
+   "GPTAQ" (arXiv:2504.02692), in closed form, and any other wanted output fits in the same way.
+3. Find a grid for every group (`grid.py`), then go column by column, each rounding error spread
+   over the columns still to come (the GPTQ paper's algorithm 1).
+4. Coordinate descent: go over the columns again, each code set to the best one given all others,
+   each group's scale refitted. Behdin et al. 2023, "QuantEase" (arXiv:2309.01885), section 3,
+   does this from a nearest rounding; GPTQ's codes are a better start.
+
+What each is worth stands in docs/performance.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from ..kernels.packing import PackedWeight, pack_codes
+from ..kernels.packing import PackedWeight, num_groups, pack_codes
 from .config import ModuleConfig
 from .errors import SolverError
-from .grid import middle_code, quantize, search_scale
+from .grid import Grid, GridSearch, round_scale
 
 BLOCK_SIZE = 128  # columns whose updates of the rest are applied together (paper, section 3.3)
+ROWS_AT_ONCE = 1024  # output features solved together: their blocks stay in the processor's cache
 MAX_DAMP_PERCENT = 1.0
 DAMP_STEP = 10.0
+ACT_ORDERS = ("static", "group", "none")
+SCALE_SEARCHES = ("hessian", "norm", "none")
+DRIFTS = ("none", "inputs", "stream")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolverConfig:
-    """How codes are found; nothing here changes what a checkpoint's numbers mean."""
+    """How codes are found; nothing here changes what a checkpoint's numbers mean.
+
+    Raises SolverError by field name.
+    """
 
     damp_percent: float = 0.01  # of the Hessian's mean diagonal, added to its diagonal
+    # Which column comes first. "static": inputs by falling importance, grids found beforehand.
+    # "group": groups by falling importance, inputs within a group too, grids found on the weights
+    # as compensated so far (arXiv:2505.14638). "none": left to right, such grids too. In all three
+    # a group is `group_size` neighbouring inputs, so the order costs nothing at run time.
+    act_order: str = "static"
+    # What a grid's range minimises: the squared error weighted by what it costs after compensation
+    # (see `_importance`), a norm of the error, or nothing (the range covers all weights).
+    scale_search: str = "hessian"
+    scale_norm: float = 2.4  # of "norm"
+    signed_scales: bool = True  # symmetric grids use their extra code on the largest weight
+    descent_sweeps: int = 4  # of coordinate descent over all columns
+    # What the layers of a model make up for beside their own rounding: nothing ("none"), what their
+    # inputs have lost to earlier layers ("inputs"), or also what the residual stream has that their
+    # outputs are added to ("stream"). Read by whoever sums the drifts up.
+    drift: str = "stream"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Solution:
-    """One linear layer, solved."""
-
-    quantized: QuantizedWeight
-    lost: float  # squared output error on the calibration inputs, ||(W - Q) X||^2
-    energy: float  # squared output, ||W X||^2
-    damp_percent: float  # the damping that worked
-    fallback: str | None = None  # why the layer was rounded to nearest instead, if it was
-
-    @property
-    def relative_error(self) -> float:
-        return self.lost / self.energy if self.energy > 0 else 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Factor:
-    """What the solver needs of a Hessian; one serves every layer that reads the same inputs."""
-
-    group_size: int  # never -1
-    order: Tensor  # [K] int64: the j-th visited input feature
-    upper: Tensor  # [K, K] fp32, U with inverse(H + damping) = U^T U, in visiting order
-    importance: Tensor  # [K] fp32, the Hessian's diagonal, in the features' own order
-    dead: Tensor  # [K] bool, features that were zero in every token, in the same order
-    damp_percent: float  # the damping that worked, at least what was asked for
+    def __post_init__(self) -> None:
+        damp, norm, sweeps = self.damp_percent, self.scale_norm, self.descent_sweeps
+        if not 0 <= damp < 1:
+            raise SolverError(f"damp_percent is {damp!r}; it must lie in [0, 1)")
+        if self.act_order not in ACT_ORDERS:
+            known = ", ".join(ACT_ORDERS)
+            raise SolverError(f"act_order is {self.act_order!r}; it must be one of {known}")
+        if self.scale_search not in SCALE_SEARCHES:
+            known = ", ".join(SCALE_SEARCHES)
+            raise SolverError(f"scale_search is {self.scale_search!r}; it must be one of {known}")
+        if self.drift not in DRIFTS:
+            raise SolverError(f"drift is {self.drift!r}; it must be one of {', '.join(DRIFTS)}")
+        if not 1 <= norm <= 8:
+            raise SolverError(f"scale_norm is {norm!r}; it must lie in [1, 8]")
+        if not 0 <= sweeps <= 100:
+            raise SolverError(f"descent_sweeps is {sweeps!r}; it must lie in [0, 100]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,14 +113,52 @@ class QuantizedWeight:
         )
 
     def split(self, sizes: list[int]) -> list[QuantizedWeight]:
-        """Undo a concatenation of several layers along N."""
+        """Cut the layer along N."""
         parts = (tensor.split(sizes, 1) for tensor in (self.codes, self.scales, self.zeros))
         return [
-            QuantizedWeight(
-                bits=self.bits, group_size=self.group_size, codes=codes, scales=scales, zeros=zeros
-            )
+            replace(self, codes=codes, scales=scales, zeros=zeros)
             for codes, scales, zeros in zip(*parts, strict=True)
         ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """One linear layer, solved."""
+
+    quantized: QuantizedWeight
+    lost: float  # squared error of the output on the calibration inputs, ||(T - Q) X||^2
+    energy: float  # squared output, ||W X||^2
+    damp_percent: float  # the damping that worked
+    fallback: str | None = None  # why the layer was rounded to nearest instead, if it was
+
+    @property
+    def relative_error(self) -> float:
+        return self.lost / self.energy if self.energy > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factor:
+    """What the solver needs of a Hessian; one serves every layer that reads the same inputs."""
+
+    order: Tensor  # [K] int64: the j-th visited input feature
+    root: Tensor  # [K, K] fp64, see `factorize`
+    damping: float  # what was added to the diagonal
+    damp_percent: float  # the damping that worked, at least what was asked for
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """Rows of U, [end - start, K] fp32, with inverse(H + damping) = U^T U in visiting order."""
+        size = len(self.root)
+        end = min(end, size)
+        return self.root[size - end : size - start].flip(0, 1).to(torch.float32)
+
+    def conditional_curvature(self) -> Tensor:
+        """1 / inverse(H + damping)_kk, [K] fp32, in the features' own order."""
+        visited = torch.zeros(len(self.order), dtype=torch.float64)
+        for start in range(0, len(self.order), BLOCK_SIZE):
+            visited += self.root[start : start + BLOCK_SIZE].square().sum(dim=0)
+        own = torch.empty_like(visited)
+        own[self.order] = 1 / visited.flip(0)
+        return own.to(torch.float32)
 
 
 def solve(
@@ -111,25 +166,52 @@ def solve(
     hessian: Tensor,
     modules: Sequence[ModuleConfig],
     config: SolverConfig | None = None,
+    *,
+    drifts: Sequence[Tensor] | None = None,
+    fallback: str | None = None,
 ) -> list[Solution]:
     """Quantize the linear layers that read the same inputs. weights [N_i, K] fp32, hessian [K, K].
 
     Rows do not influence each other: one Hessian and one factorization serve all layers, and any
-    slice of a layer's rows comes out as it would with the others. `hessian` may be overwritten.
-    Raises SolverError when a weight or the Hessian is not finite.
+    slice of a layer's rows comes out as it would with the others. `drifts`, [N_i, K] fp32 each, are
+    sums over tokens of (wanted output - W x) x^T; without them the wanted output is W x.
+
+    `fallback` gives the reason why the Hessian must not be trusted: the weights are then rounded
+    to nearest, on grids weighted by its diagonal. The same happens, and is said in the solutions,
+    when no damping makes the Hessian positive definite. Raises SolverError when a weight or the
+    Hessian is not finite. `hessian` may be overwritten.
     """
     config = config or SolverConfig()
+    if not bool(torch.isfinite(hessian).all()):
+        raise SolverError("the Hessian of its inputs holds values that are not finite")
+    for weight in weights:
+        if not bool(torch.isfinite(weight).all()):
+            raise SolverError("its weight holds values that are not finite")
+    trusted = fallback is None
+    dead = (hessian.diagonal() == 0) & trusted
+    factors: dict[int, Factor] = {}
     solutions = []
-    for weight, module in zip(weights, modules, strict=True):
-        factor = factorize(hessian, group_size=module.group_size, damp_percent=config.damp_percent)
-        quantized = quantize_weight(weight, factor, bits=module.bits)
-        dequantized = quantized.dequantize()
-        lost, energy = _squared_outputs(weight - dequantized, weight, hessian)
-        solutions.append(
-            Solution(
-                quantized=quantized, lost=lost, energy=energy, damp_percent=factor.damp_percent
-            )
+    for i, (weight, module) in enumerate(zip(weights, modules, strict=True)):
+        size = hessian.shape[0] if module.group_size == -1 else module.group_size
+        key = size if config.act_order == "group" else 0
+        if fallback is None and key not in factors:
+            order = _visiting_order(hessian.diagonal(), config.act_order, size)
+            try:
+                factors[key] = factorize(hessian, order, config.damp_percent)
+            except SolverError as error:
+                fallback = str(error)
+        factor = None if fallback is not None else factors[key]
+        problem = _Problem(
+            hessian=hessian,
+            dead=dead,
+            factor=factor,
+            importance=_importance(hessian, factor, config.scale_search),
+            group_size=size,
+            grids=_grid_search(module, config),
+            config=config,
         )
+        drift = None if drifts is None or fallback is not None else drifts[i]
+        solutions.append(_solve_in_slices(problem, weight, drift, fallback))
     return solutions
 
 
@@ -142,69 +224,32 @@ def accumulate_hessian(hessian: Tensor, inputs: Tensor) -> None:
     hessian.addmm_(rows.t(), rows)
 
 
-def factorize(hessian: Tensor, *, group_size: int, damp_percent: float) -> Factor:
+def factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
     """The damped inverse Hessian's upper Cholesky factor, in visiting order.
 
-    With J the reversal of all rows, H = J (J H J) J = (J L J) (J L J)^T = R R^T, where L is the
-    lower Cholesky factor of J H J and R is upper triangular. Then inverse(H) = U^T U with
-    U = inverse(R): one factorization and one triangular inverse, in fp64, and no inverse of H.
+    With J the reversal of all rows, J H J = L L^T gives H = (J L J) (J L J)^T, and J L J is upper
+    triangular. So inverse(H) = U^T U with U = J L^-1 J: one factorization and one triangular
+    inverse, and no inverse of H. `root` is L^-1; both steps are done in place, in fp64.
 
     Damping adds damp_percent of the mean diagonal; where that does not make the matrix positive
     definite it is raised tenfold, up to MAX_DAMP_PERCENT. Raises SolverError when nothing helps.
     """
     diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(hessian).all()):
-        raise SolverError("the Hessian of its inputs holds values that are not finite")
-    num_features = hessian.shape[0]
-    size = num_features if group_size == -1 else group_size
-    order = torch.argsort(diagonal, descending=True, stable=True)
     dead = diagonal == 0
-    permuted = hessian[order][:, order].to(torch.float64)
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    permuted.diagonal()[dead[order]] = mean  # any positive number makes them independent
-    upper, damping = _damped_inverse_factor(permuted, damp_percent)
-    return Factor(
-        group_size=size,
-        order=order,
-        upper=upper.to(torch.float32),
-        importance=diagonal.to(torch.float32),
-        dead=dead,
-        damp_percent=damping,
-    )
-
-
-def quantize_weight(weight: Tensor, factor: Factor, *, bits: int) -> QuantizedWeight:
-    """Quantize `weight` [N, K] so that its output on the calibration inputs changes least.
-
-    Paper, algorithm 1: column by column, each rounding error is spread over the columns not yet
-    visited, in blocks of BLOCK_SIZE so that most of the work is one matrix product per block.
-    Raises SolverError when a weight is not finite.
-    """
-    if not bool(torch.isfinite(weight).all()):
-        raise SolverError("its weight holds values that are not finite")
-    live = weight.t().to(torch.float32).contiguous()  # [K, N]
-    live = torch.where(factor.dead.unsqueeze(1), 0.0, live)
-    scales = _group_scales(live, factor, bits)
-    live = live[factor.order]  # rewritten as errors are spread
-    by_column = scales[factor.order // factor.group_size]  # [K, N]
-    codes = torch.empty_like(live)
-    for start in range(0, len(live), BLOCK_SIZE):
-        end = min(start + BLOCK_SIZE, len(live))
-        block, upper = live[start:end], factor.upper[start:end, start:end]
-        errors = torch.empty_like(block)
-        for j, scale in enumerate(by_column[start:end]):
-            code = quantize(block[j], scale, bits)
-            errors[j] = (block[j] - code * scale) / upper[j, j]
-            block[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
-            codes[start + j] = code
-        live[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
-    in_order = codes[torch.argsort(factor.order)]
-    return QuantizedWeight(
-        bits=bits,
-        group_size=factor.group_size,
-        codes=(in_order + middle_code(bits)).to(torch.uint8),
-        scales=scales.to(torch.float16),
-        zeros=torch.full(scales.shape, middle_code(bits), dtype=torch.uint8),
+    mean = float(diagonal[~dead].mean(dtype=torch.float64)) if not bool(dead.all()) else 1.0
+    backwards = order.flip(0)
+    for damp in _dampings(damp_percent):
+        matrix = _permuted(hessian, backwards)
+        # A feature that was always zero depends on no other: any positive number stands for it.
+        matrix.diagonal().add_(torch.where(dead[backwards], mean, damp * mean))
+        lower, failed = matrix.mT, torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        if not int(failed):
+            _invert_lower_triangle(lower)
+            return Factor(order=order, root=lower, damping=damp * mean, damp_percent=damp)
+    raise SolverError(
+        f"the Hessian of its inputs is not positive definite even with damp_percent "
+        f"{MAX_DAMP_PERCENT:g}"
     )
 
 
@@ -213,40 +258,269 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
 
     Computed from the undamped Hessian, independently of what the solver accounted for.
     """
-    lost, whole = _squared_outputs(weight - quantized, weight, hessian)
-    return lost / whole if whole > 0 else 0.0
+    whole = _squared_output(weight, hessian)
+    return max(_squared_output(weight - quantized, hessian), 0.0) / whole if whole > 0 else 0.0
 
 
-def _squared_outputs(difference: Tensor, weight: Tensor, hessian: Tensor) -> tuple[float, float]:
-    lost = float(((difference @ hessian) * difference).sum(dtype=torch.float64))
-    whole = float(((weight @ hessian) * weight).sum(dtype=torch.float64))
-    return max(lost, 0.0), whole
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Problem:
+    """What all rows of one layer share."""
+
+    hessian: Tensor  # [K, K] fp32, undamped
+    dead: Tensor  # [K] bool, features that were zero in every token
+    factor: Factor | None  # None: round to nearest
+    importance: Tensor  # [K] fp32, what an error in each feature counts in the search for grids
+    group_size: int  # never -1
+    grids: GridSearch
+    config: SolverConfig
+
+    @property
+    def num_groups(self) -> int:
+        return num_groups(len(self.dead), self.group_size)
+
+    @property
+    def group_of(self) -> Tensor:
+        """[K] int64"""
+        return torch.arange(len(self.dead)) // self.group_size
 
 
-def _group_scales(weight: Tensor, factor: Factor, bits: int) -> Tensor:
-    """[K, N] -> [G, N] fp32; the last group may be short."""
-    groups = weight.split(factor.group_size)
-    importances = factor.importance.split(factor.group_size)
-    return torch.stack(
-        [search_scale(*group, bits) for group in zip(groups, importances, strict=True)]
+def _solve_in_slices(
+    problem: _Problem, weight: Tensor, drift: Tensor | None, fallback: str | None
+) -> Solution:
+    num_features, num_rows = weight.shape[1], weight.shape[0]
+    codes = torch.empty(num_features, num_rows, dtype=torch.uint8)
+    scales = torch.empty(problem.num_groups, num_rows, dtype=torch.float16)
+    zeros = torch.empty(problem.num_groups, num_rows, dtype=torch.uint8)
+    lost = energy = 0.0
+    for start in range(0, num_rows, ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        original = weight[part].to(torch.float32)
+        target = torch.where(problem.dead, 0.0, original)
+        if drift is not None and problem.factor is not None:
+            target = target + _retarget(drift[part], problem.factor)
+        columns = target.t().contiguous()
+        found, grid = _solve_rows(columns, problem)
+        codes[:, part], scales[:, part], zeros[:, part] = found, grid.scale, grid.zero
+        error = columns - _dequantize(found, grid, problem.group_of)
+        lost += _squared_output(error.t(), problem.hessian)
+        energy += _squared_output(original, problem.hessian)
+    return Solution(
+        quantized=QuantizedWeight(
+            bits=problem.grids.bits,
+            group_size=problem.group_size,
+            codes=codes,
+            scales=scales,
+            zeros=zeros,
+        ),
+        lost=max(lost, 0.0),
+        energy=energy,
+        damp_percent=problem.factor.damp_percent if problem.factor else MAX_DAMP_PERCENT,
+        fallback=fallback,
     )
 
 
-def _damped_inverse_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]:
-    """(upper factor of the damped inverse, the damping that worked). [K, K] fp64."""
-    mean = float(hessian.diagonal().mean())
-    for damping in _dampings(damp_percent):
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failed):
-            root = lower.flip(0, 1)
-            identity = torch.eye(root.shape[0], dtype=root.dtype)
-            return torch.linalg.solve_triangular(root, identity, upper=True), damping
-    raise SolverError(
-        f"the Hessian of its inputs is not positive definite even with damp_percent "
-        f"{MAX_DAMP_PERCENT:g}; use more calibration text"
+def _solve_rows(target: Tensor, problem: _Problem) -> tuple[Tensor, Grid]:
+    """Codes [K, N] fp32 and grids [G, N] for the rows whose transposed target is [K, N] fp32."""
+    if problem.factor is None:
+        grid = _static_grids(target, problem)
+        return _nearest(target, grid, problem.group_of), grid
+    codes, grid = _column_by_column(target, problem, problem.factor)
+    if problem.config.descent_sweeps:
+        codes, grid = _coordinate_descent(target, codes, grid, problem, problem.factor.damping)
+    return codes, grid
+
+
+def _column_by_column(target: Tensor, problem: _Problem, factor: Factor) -> tuple[Tensor, Grid]:
+    """The paper's algorithm 1, on grids that are found beforehand or when a group is reached."""
+    order, group_of = factor.order, problem.group_of
+    live = target[order]  # rewritten as errors are spread
+    static = problem.config.act_order == "static"
+    grid = _static_grids(target, problem) if static else _empty_grid(target, problem)
+    codes = torch.empty_like(target)
+    groups = group_of[order].tolist()
+    for start, end, opened in _blocks(groups, whole_groups=not static):
+        if opened is not None:
+            found = problem.grids.search(live[opened], problem.importance[order[opened]])
+            grid.scale[groups[start]], grid.zero[groups[start]] = found.scale, found.zero
+        upper = factor.rows(start, end)
+        block, within = live[start:end], upper[:, start:end]
+        errors = torch.empty_like(block)
+        for j, column in enumerate(order[start:end].tolist()):
+            own = grid[groups[start + j]]
+            code = own.quantize(block[j])
+            errors[j] = (block[j] - own.dequantize(code)) / within[j, j]
+            block[j + 1 :].addr_(within[j, j + 1 :], errors[j], alpha=-1)
+            codes[column] = code
+        live[end:].addmm_(upper[:, end:].t(), errors, alpha=-1)
+    return codes, grid
+
+
+def _coordinate_descent(
+    target: Tensor, codes: Tensor, grid: Grid, problem: _Problem, damping: float
+) -> tuple[Tensor, Grid]:
+    """Lower the damped objective further, one code or one scale at a time. Rewrites its arguments.
+
+    With the errors R = T - Q [K, N], the objective's gradient for R is (H + damping) R up to a
+    factor of 2. A code moves to the nearest one of the value that makes its own entry vanish. A
+    scale takes the step that makes the slope along its group's codes vanish, if the objective
+    still falls after rounding. So no step raises the objective.
+    """
+    hessian, size = problem.hessian, problem.group_size
+    errors = target - _dequantize(codes, grid, problem.group_of)
+    slope = (hessian @ errors).add_(errors, alpha=damping)
+    curvature = hessian.diagonal() + damping
+    curvature = torch.where(curvature > 0, curvature, 1.0)  # a dead feature, not damped
+    for _ in range(problem.config.descent_sweeps):
+        for group in range(problem.num_groups):
+            columns = slice(group * size, min((group + 1) * size, len(target)))
+            own = hessian[columns, columns].clone()
+            own.diagonal().add_(damping)
+            before, here = errors[columns].clone(), slope[columns].clone()
+            step = _scale_step(codes[columns] - grid.zero[group], grid.scale[group], own, here)
+            grid.scale[group] += step
+            moved = (codes[columns] - grid.zero[group]).mul_(step)
+            errors[columns] -= moved
+            here.addmm_(own, moved, alpha=-1)
+            scale = grid.scale[group]
+            for j, column in enumerate(range(columns.start, columns.stop)):
+                wanted = here[j] / curvature[column] / scale + codes[column]
+                new = wanted.round_().clamp_(0, (1 << grid.bits) - 1)
+                change = (new - codes[column]).mul_(scale)
+                codes[column] = new
+                errors[column] -= change
+                here.addr_(own[j], change, alpha=-1)
+            moved = errors[columns] - before
+            slope.addmm_(hessian[:, columns], moved)
+            slope[columns].add_(moved, alpha=damping)
+    return codes, grid
+
+
+def _scale_step(centered: Tensor, scale: Tensor, hessian: Tensor, slope: Tensor) -> Tensor:
+    """[N]: what to add to a group's scales, so that they stay exact in the checkpoint.
+
+    centered [g, N] codes around zero, hessian [g, g] damped, slope [g, N].
+    """
+    curvature = (hessian @ centered).mul_(centered).sum(dim=0)
+    gain = (centered * slope).sum(dim=0)
+    wanted = torch.where(curvature > 0, gain / curvature, 0.0)
+    step = round_scale(scale + wanted) - scale
+    lower = step * (2 * gain - step * curvature) > 0
+    same_sign = (scale + step) * scale > 0
+    return torch.where(lower & same_sign, step, 0.0)
+
+
+def _retarget(drift: Tensor, factor: Factor) -> Tensor:
+    """E (H + damping)^-1 with inverse = U^T U, panel by panel. [N, K] -> [N, K]"""
+    visited = drift[:, factor.order]
+    moved = torch.zeros_like(visited)
+    for start in range(0, len(factor.order), BLOCK_SIZE):
+        rows = factor.rows(start, start + BLOCK_SIZE)
+        moved.addmm_(visited @ rows.t(), rows)
+    return torch.empty_like(moved).index_copy_(1, factor.order, moved)
+
+
+def _importance(hessian: Tensor, factor: Factor | None, scale_search: str) -> Tensor:
+    """[K] fp32, what an error in each input feature counts in the search for grids.
+
+    1 / inverse(H + damping)_kk is what an error in feature k costs once the best change of all
+    others has made up for it. The Hessian's own diagonal, which ignores that others will, is all
+    there is to round to nearest with.
+    """
+    diagonal = hessian.diagonal()
+    if scale_search != "hessian" or not bool((diagonal > 0).any()):
+        return torch.ones_like(diagonal)
+    return diagonal if factor is None else factor.conditional_curvature()
+
+
+def _grid_search(module: ModuleConfig, config: SolverConfig) -> GridSearch:
+    exponent = config.scale_norm if config.scale_search == "norm" else 2.0
+    search = GridSearch(
+        bits=module.bits, sym=module.sym, signed=config.signed_scales, exponent=exponent
     )
+    return search if config.scale_search != "none" else replace(search, num_candidates=1)
+
+
+def _static_grids(target: Tensor, problem: _Problem) -> Grid:
+    """Of the untouched weights, [K, N] -> [G, N]; the last group may be short."""
+    groups = target.split(problem.group_size)
+    importances = problem.importance.split(problem.group_size)
+    found = [problem.grids.search(*group) for group in zip(groups, importances, strict=True)]
+    return Grid(
+        scale=torch.stack([grid.scale for grid in found]),
+        zero=torch.stack([grid.zero for grid in found]),
+        bits=problem.grids.bits,
+    )
+
+
+def _empty_grid(target: Tensor, problem: _Problem) -> Grid:
+    shape = (problem.num_groups, target.shape[1])
+    return Grid(scale=torch.empty(shape), zero=torch.empty(shape), bits=problem.grids.bits)
+
+
+def _nearest(target: Tensor, grid: Grid, group_of: Tensor) -> Tensor:
+    rows = [grid[group].quantize(row) for group, row in zip(group_of.tolist(), target, strict=True)]
+    return torch.stack(rows)
+
+
+def _dequantize(codes: Tensor, grid: Grid, group_of: Tensor) -> Tensor:
+    """[K, N] fp32"""
+    return (codes - grid.zero[group_of]).mul_(grid.scale[group_of])
+
+
+def _visiting_order(importance: Tensor, act_order: str, group_size: int) -> Tensor:
+    """[K] int64. "group" keeps the groups together, a short last one at its own rank too."""
+    if act_order == "none":
+        return torch.arange(len(importance))
+    if act_order == "static":
+        return torch.argsort(importance, descending=True, stable=True)
+    groups = torch.arange(len(importance)).split(group_size)
+    ranked = sorted(groups, key=lambda group: -float(importance[group].max()))
+    return torch.cat(
+        [group[torch.argsort(importance[group], descending=True, stable=True)] for group in ranked]
+    )
+
+
+def _blocks(groups: list[int], *, whole_groups: bool) -> Iterator[tuple[int, int, slice | None]]:
+    """Cut the visited columns into blocks: (start, end, the group's columns if one begins).
+
+    `groups` names each column's group. With `whole_groups` no block reaches into the next group.
+    """
+    if not whole_groups:
+        for start in range(0, len(groups), BLOCK_SIZE):
+            yield start, min(start + BLOCK_SIZE, len(groups)), None
+        return
+    first = 0
+    for _, members in groupby(groups):
+        stop = first + sum(1 for _ in members)
+        for start in range(first, stop, BLOCK_SIZE):
+            opened = slice(first, stop) if start == first else None
+            yield start, min(start + BLOCK_SIZE, stop), opened
+        first = stop
+
+
+def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
+    """hessian[order][:, order] in fp64 with no third matrix in memory."""
+    matrix = torch.empty_like(hessian, dtype=torch.float64)
+    for start in range(0, len(order), BLOCK_SIZE):
+        matrix[start : start + BLOCK_SIZE] = hessian[order[start : start + BLOCK_SIZE]][:, order]
+    return matrix
+
+
+def _invert_lower_triangle(lower: Tensor) -> None:
+    """In place, block by block: with the inverse X of the rows above, X_j: = -X_jj L_j: X."""
+    for start in range(0, len(lower), BLOCK_SIZE):
+        rows = lower[start : start + BLOCK_SIZE]
+        own = rows[:, start : start + BLOCK_SIZE]
+        inverse = torch.linalg.solve_triangular(
+            own, torch.eye(len(own), dtype=own.dtype), upper=False
+        )
+        rows[:, :start] = -inverse @ (rows[:, :start] @ lower[:start, :start])
+        own.copy_(inverse)
+
+
+def _squared_output(matrix: Tensor, hessian: Tensor) -> float:
+    """||M X||^2 = sum of (M H) * M. [N, K], [K, K]"""
+    return float(((matrix @ hessian) * matrix).sum(dtype=torch.float64))
 
 
 def _dampings(damp_percent: float) -> list[float]:

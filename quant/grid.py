@@ -1,11 +1,13 @@
-"""Scales of quantization groups: weights and their importance in, one scale per group out.
+"""Grids of quantization groups: weights and their importance in, scale and zero point out.
 
-Symmetric grids only: code c of b bits stands for scale * (c - 2 ** (b - 1)), with a scale of
-either sign. Works on one group at a time for all output features at once. Shapes: g inputs of the
-group, N outputs.
+Code c of b bits stands for scale * (c - zero). Works on one group at a time for many output
+features at once. Shapes: g inputs of the group, N outputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,9 +15,104 @@ from torch import Tensor
 MIN_SCALE = 2.0**-14  # the smallest normal fp16 number
 MAX_SCALE = 255.0 * 2.0**8  # the largest fp16 number with 8 significant bits
 
-# Shrunken ranges that are tried, as fractions of the one that just covers the largest weight.
+# Shrunken ranges that are tried, as fractions of the one that just covers all weights.
 NUM_CANDIDATES = 24
 MIN_SHRINK = 0.4
+ZERO_SHIFTS = (0, -1, 1)  # of an asymmetric grid's zero point, around the middle of the range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """What the codes of one group, or of several on top of each other, stand for."""
+
+    scale: Tensor  # [N] or [G, N] fp32, never zero
+    zero: Tensor  # like scale, fp32 with the value of an integer in [0, 2**bits - 1]
+    bits: int
+
+    def quantize(self, values: Tensor) -> Tensor:
+        """round(values / scale) + zero, clamped to [0, 2**bits - 1], as floats."""
+        return (values / self.scale).round_().add_(self.zero).clamp_(0, (1 << self.bits) - 1)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        return (codes - self.zero).mul_(self.scale)
+
+    def __getitem__(self, group: int) -> Grid:
+        return Grid(scale=self.scale[group], zero=self.zero[group], bits=self.bits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridSearch:
+    """What `search` looks through, and what it minimises."""
+
+    bits: int
+    sym: bool  # the zero point is the middle code
+    signed: bool = True  # symmetric scales may be negative
+    exponent: float = 2.0  # of the absolute error
+    num_candidates: int = NUM_CANDIDATES  # 1: the range that covers all weights
+
+    def search(self, weight: Tensor, importance: Tensor) -> Grid:
+        """The grid of each output feature's group that loses least. [g, N], [g] -> [N] fp32.
+
+        Starting from the grid that covers all weights, the range is shrunk in steps: clipping the
+        few largest weights buys a finer step for all others. The winner minimises
+
+            sum_k importance[k] * abs(weight[k] - dequantized[k]) ** exponent,
+
+        for exponent 2 and the Hessian's diagonal as `importance` the diagonal part of the GPTQ
+        objective. Candidates are rounded before they are compared, so the winner is what the
+        checkpoint will hold. A group of zeros gets scale 1.
+        """
+        importance = importance.to(weight.dtype)
+        candidates = self._candidates(weight)
+        best = next(candidates)
+        least = self._loss(weight, importance, best)
+        for grid in candidates:
+            loss = self._loss(weight, importance, grid)
+            better = loss < least
+            least = torch.where(better, loss, least)
+            best = Grid(
+                scale=torch.where(better, grid.scale, best.scale),
+                zero=torch.where(better, grid.zero, best.zero),
+                bits=self.bits,
+            )
+        return best
+
+    def _loss(self, weight: Tensor, importance: Tensor, grid: Grid) -> Tensor:
+        error = grid.dequantize(grid.quantize(weight)).sub_(weight)
+        error = error.square_() if self.exponent == 2 else error.abs_().pow_(self.exponent)
+        return importance @ error
+
+    def _candidates(self, weight: Tensor) -> Iterator[Grid]:
+        shrinks = torch.linspace(1, MIN_SHRINK, self.num_candidates).tolist()
+        if self.sym:
+            covering = self._symmetric_cover(weight)
+            zero = torch.full_like(covering, middle_code(self.bits))
+            for shrink in shrinks:
+                yield Grid(scale=round_scale(covering * shrink), zero=zero, bits=self.bits)
+            return
+        largest_code = (1 << self.bits) - 1
+        # Zero lies in every range: codes reach from -zero * scale to (largest_code - zero) * scale.
+        low, high = weight.amin(dim=0).clamp(max=0), weight.amax(dim=0).clamp(min=0)
+        covering = (high - low) / largest_code
+        covering = torch.where(covering == 0, 1.0, covering)
+        middle = (low + high) / 2
+        for shrink in shrinks:
+            scale = round_scale(covering * shrink)
+            centred = (largest_code / 2 - middle / scale).round()
+            for shift in ZERO_SHIFTS[: 1 if self.num_candidates == 1 else None]:
+                zero = (centred + shift).clamp_(0, largest_code)
+                yield Grid(scale=scale, zero=zero, bits=self.bits)
+
+    def _symmetric_cover(self, weight: Tensor) -> Tensor:
+        """There is one code more below the middle than above it.
+
+        A signed scale puts the weight of largest magnitude there, so that the covering scale is
+        that magnitude / 2**(b-1). Without a sign it is / (2**(b-1) - 1/2), as in the paper's code.
+        """
+        largest = weight.gather(0, weight.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+        middle = middle_code(self.bits)
+        covering = -largest / middle if self.signed else largest.abs() / (middle - 0.5)
+        return torch.where(largest == 0, 1.0, covering)
 
 
 def middle_code(bits: int) -> int:
@@ -32,37 +129,3 @@ def round_scale(scale: Tensor) -> Tensor:
     """
     magnitude = scale.abs().clamp(MIN_SCALE, MAX_SCALE).copysign(scale)
     return magnitude.to(torch.bfloat16).to(torch.float32)
-
-
-def quantize(values: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Signed codes, round(values / scale) clamped to [-2**(b-1), 2**(b-1) - 1], as floats."""
-    middle = middle_code(bits)
-    return (values / scale).round_().clamp_(-middle, middle - 1)
-
-
-def search_scale(weight: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """The scale of each output feature's group that loses least. [g, N], [g] -> [N] fp32.
-
-    There is one code more below the middle than above it. The scale's sign puts the weight of
-    largest magnitude there, so that its covering scale is that magnitude / 2**(b-1) instead of
-    / (2**(b-1) - 1/2). From there the range is shrunk in steps: clipping the few largest weights
-    buys a finer step for all others. The winner minimises
-
-        sum_k importance[k] * (weight[k] - scale * code[k]) ** 2,
-
-    the diagonal part of the GPTQ objective when `importance` is the Hessian's diagonal.
-    Candidates are rounded before they are compared, so the winner is what the checkpoint will
-    hold. A group of zeros gets scale 1.
-    """
-    largest = weight.gather(0, weight.abs().argmax(dim=0, keepdim=True)).squeeze(0)
-    covering = torch.where(largest == 0, 1.0, -largest / middle_code(bits))
-    importance = importance.to(weight.dtype)
-    best = torch.empty_like(covering)
-    least = torch.full_like(covering, torch.inf)
-    for shrink in torch.linspace(1, MIN_SHRINK, NUM_CANDIDATES).tolist():
-        scale = round_scale(covering * shrink)
-        error = importance @ (quantize(weight, scale, bits) * scale).sub_(weight).square_()
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better, scale, best)
-    return best

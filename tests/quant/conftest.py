@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,21 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "tiny"
     save_tiny_source(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_source() -> Callable[..., LlamaForCausalLM]:
+    """`save_tiny_source`, for a model of another shape."""
+    return save_tiny_source
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny layers gain nothing from a second thread, and on a busy machine wait for it long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
