@@ -1,284 +1,481 @@
 """The driver: a 16-bit model in, a packed checkpoint out, one decoder layer at a time.
 
-Order inside a layer is the order of its computation (q/k/v, o, gate/up, down): every Hessian is
-taken behind layers that are quantized already, so later codes make up for earlier errors. At any
-time one Hessian and one layer's fp32 weights are in memory, next to the 16-bit model.
+Every Hessian is taken behind layers, and behind parts of the same layer, that are quantized
+already, so later codes make up for earlier errors. In memory at any time: one decoder layer in
+fp32, one Hessian and its factor, and the calibration batches' activations up to a limit. Finished
+layers are written at once and survive the process: the same command goes on where it was killed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import resource
 import shutil
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaForCausalLM
 
-from . import calibration
-from .checkpoint import check_output, gptq_tensors, write_checkpoint
+from .activations import ActivationStore
+from .calibration import calibration_batches, read_documents, render
+from .checkpoint import CheckpointWriter, check_output, digest, verify_checkpoint
 from .config import QuantConfig
-from .errors import QuantError, SolverError
-from .gptq import accumulate_hessian, factorize, quantize_weight, relative_error
-from .source import Source, build_model, load_source
+from .distributed import Ranks, join_ranks
+from .errors import QuantError
+from .formats import linear_tensors
+from .gptq import SolverConfig
+from .journal import Entry, Fingerprint, Journal
+from .layers import LayeredModel
+from .report import ModuleReport, QuantizeReport, read_report, write_report
+from .source import Source, load_source
+from .stages import Calibration, LayerQuantizer, find_targets, load_layer, to_fp16
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_NUM_SEQUENCES = 16
 DEFAULT_SEQUENCE_LENGTH = 512
-STEPS_PER_LAYER = 4  # q/k/v, o, gate/up, down
+DEFAULT_ACTIVATION_MEMORY_BYTES = 2 << 30
 BATCH_SIZE = 8  # sequences in one forward pass
-MAX_FP32_PARAMETERS = 1 << 30  # 4 GiB
+MAX_SCANNED_BYTES = 1 << 30  # of a source whose every weight is looked at before work starts
+_NOT_WEIGHTS = (".bias", ".g_idx", ".weight_shape")  # what says nothing of a weight's precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleReport:
-    """How one linear layer came out."""
+class Settings:
+    """What a run is asked to do."""
 
-    name: str
-    relative_error: float  # squared output error over squared output, on the calibration text
-    damp_percent: float  # the damping that its Hessian took
+    source: str  # a Hugging Face folder, a hub id or a .gguf file
+    out: Path
+    config: QuantConfig
+    solver: SolverConfig
+    calibration_file: Path | None  # None: the built-in text
+    num_sequences: int
+    sequence_length: int
+    seed: int
+    activation_memory_bytes: int
+
+    def describe(self) -> dict[str, Any]:
+        """Every setting that has an influence on the result."""
+        file = self.calibration_file
+        return {
+            **dataclasses.asdict(self.solver),
+            **dataclasses.asdict(self.config),
+            "calibration": "built-in" if file is None else file.name,
+            "num_sequences": self.num_sequences,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+        }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeReport:
-    """What a run did."""
-
-    seconds: float
-    num_calibration_tokens: int
-    num_bytes_16bit: int  # every weight of the source at two bytes
-    num_bytes_packed: int  # every tensor of the checkpoint written
-    modules: tuple[ModuleReport, ...]
-
-
+@torch.inference_mode()
 def quantize(
     source: str,
     out: Path,
     config: QuantConfig,
     *,
+    solver: SolverConfig | None = None,
     calibration_file: Path | None = None,
     num_sequences: int = DEFAULT_NUM_SEQUENCES,
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
     seed: int = 0,
+    activation_memory_bytes: int = DEFAULT_ACTIVATION_MEMORY_BYTES,
+    restart: bool = False,
     progress: bool = True,
 ) -> QuantizeReport:
-    """Quantize SOURCE and write a GPTQ checkpoint to the folder `out`.
+    """Quantize SOURCE and write a checkpoint, with the report of the run, to the folder `out`.
 
-    Raises a QuantError in one line: before work starts for an unsupported setting, an occupied
-    `out`, an unusable source or calibration text, too little disk space; later for a layer that
-    cannot be solved. Nothing is left in `out` then.
+    Under `torchrun` every process calls this: they share the calibration batches and the solving,
+    and the first one writes. Raises a QuantError in one line: before work starts for an unsupported
+    setting, an occupied `out`, an unusable source or calibration text, too little disk space, or an
+    unfinished run with other settings (`restart` discards that one); later for a layer that cannot
+    be solved. `out` does not exist then; finished layers stay in the journal next to it.
     """
     started = time.monotonic()
-    _check_config(config)
-    check_output(out)
-    text = None if calibration_file is None else calibration.read_text(calibration_file)
-    opened = load_source(source)
-    _check_finite(opened.tensors)
-    _check_disk(out, opened.tensors, config)
-    length = min(sequence_length, opened.config.max_position_embeddings)
-    batches = calibration_batches(opened, text, num_sequences, length, seed, progress)
-    tensors, modules = _quantize_model(opened, batches, config, progress)
-    write_checkpoint(
-        out,
-        tensors,
-        {**opened.config_json, "dtype": "float16"},
-        config,
-        write_extras=opened.write_companions,
-    )
-    return QuantizeReport(
-        seconds=time.monotonic() - started,
-        num_calibration_tokens=batches.numel(),
-        num_bytes_16bit=sum(2 * tensor.numel() for tensor in opened.tensors.values()),
-        num_bytes_packed=sum(tensor.nbytes for tensor in tensors.values()),
-        modules=tuple(modules),
-    )
-
-
-def calibration_batches(
-    source: Source,
-    text: str | None,
-    num_sequences: int,
-    sequence_length: int,
-    seed: int,
-    progress: bool,
-) -> Tensor:
-    """[S, L] int64: windows of the user's text, or, without one, of the built-in mixture.
-
-    The mixture is one half conversations that the model itself draws and one half Python's
-    language reference. On the 135M chat model at 4 bits, group 64, 8192 calibration tokens, the KL
-    divergence on held-out package descriptions, licences, code and conversations was 0.152, 0.501,
-    0.122 and 0.159; with the reference alone 0.152, 0.537, 0.111 and 0.238, with conversations
-    alone 0.191, 0.518, 0.196 and 0.158 (tests/benchmarks/calibration.py).
-    """
-    opening = calibration.conversation_opening(source.tokenizer) if text is None else []
-    num_drawn = max(num_sequences, 0) // 2 if opening else 0
-    windows = calibration.token_batches(
-        source.tokenizer,
-        calibration.reference_text(seed) if text is None else text,
-        num_sequences=num_sequences - num_drawn,
+    settings = Settings(
+        source=source,
+        out=Path(out).absolute(),
+        config=config,
+        solver=replace(solver or SolverConfig(), damp_percent=config.damp_percent),
+        calibration_file=calibration_file,
+        num_sequences=num_sequences,
         sequence_length=sequence_length,
         seed=seed,
+        activation_memory_bytes=activation_memory_bytes,
     )
-    _check_vocabulary(source, windows)
-    if not num_drawn:
-        return windows
-    drawn = calibration.sample_batches(
-        _sampling_model(source),
-        opening,
-        num_sequences=num_drawn,
-        sequence_length=windows.shape[1],
-        seed=seed,
-        progress=progress,
-    )
-    return torch.cat([windows, drawn])
+    with join_ranks() as ranks:
+        with ranks.together():
+            prepared = _prepare(settings)
+        with _journal(settings, prepared, ranks, restart=restart) as journal:
+            run = _Run(settings, prepared, journal, ranks, started, progress=progress)
+            return run.execute()
 
 
-def _sampling_model(source: Source) -> LlamaForCausalLM:
-    """In fp32, which every CPU is fast at, or as stored where that would take too much memory."""
-    tensors = source.tensors
-    if sum(tensor.numel() for tensor in tensors.values()) <= MAX_FP32_PARAMETERS:
-        tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-    return build_model(source.config, tensors)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """What a run works on, checked."""
+
+    source: Source
+    model: LayeredModel
+    text: str | None  # None: the built-in text
 
 
-def _check_vocabulary(source: Source, batches: Tensor) -> None:
-    largest = int(batches.max())
-    if largest >= source.config.vocab_size:
-        raise QuantError(
-            f"{source.name}: its tokenizer makes token {largest}; "
-            f"the model's vocabulary ends at {source.config.vocab_size - 1}"
+def _prepare(settings: Settings) -> _Prepared:
+    """Refuse what can be refused before work starts, the cheapest first."""
+    _check_settings(settings)
+    check_output(settings.out)
+    file = settings.calibration_file
+    documents = None if file is None else read_documents(file)
+    source = load_source(settings.source)
+    model = LayeredModel(source)
+    if settings.config.lm_head and model.head_name is None:
+        raise QuantError("lm_head is true; this model has no output head")
+    find_targets(model, load_layer(model, 0), 0, settings.config)
+    _check_finite(source, model)
+    _check_disk(settings, source, model)
+    text = None if documents is None else render(documents, source.tokenizer)
+    return _Prepared(source=source, model=model, text=text)
+
+
+@contextmanager
+def _journal(
+    settings: Settings, prepared: _Prepared, ranks: Ranks, *, restart: bool
+) -> Iterator[Journal]:
+    """The run's journal; gone when the run is done, or when it failed with nothing to keep."""
+    journal = Journal(settings.out)
+    with ranks.together():
+        if ranks.is_first:
+            journal.claim(_fingerprint(settings, prepared), restart=restart)
+    done = False
+    try:
+        yield journal
+        done = True
+    finally:
+        if ranks.is_first:
+            if done or not journal.num_finished():
+                journal.remove()
+            else:
+                logger.warning(
+                    "%d finished layers are kept in %s; the same command goes on from there",
+                    journal.num_finished(),
+                    journal.folder,
+                )
+            journal.release()
+
+
+class _Run:
+    """One run of one process, between its journal and its checkpoint."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        prepared: _Prepared,
+        journal: Journal,
+        ranks: Ranks,
+        started: float,
+        *,
+        progress: bool,
+    ) -> None:
+        self._settings = settings
+        self._source = prepared.source
+        self._model = prepared.model
+        self._text = prepared.text
+        self._journal = journal
+        self._ranks = ranks
+        self._started = started
+        self._progress = progress and ranks.is_first
+
+    def execute(self) -> QuantizeReport:
+        tokens = self._tokens()
+        batches = tokens.split(BATCH_SIZE)
+        own = self._ranks.share(len(batches))
+        limit = self._settings.activation_memory_bytes
+        corrects = self._settings.solver.drift != "none"
+        store = ActivationStore(self._journal.folder, limit // 2 if corrects else limit)
+        wanted = (
+            ActivationStore(self._journal.folder, limit // 2, kind="wanted") if corrects else None
+        )
+        stores = [store, *([] if wanted is None else [wanted])]
+        with self._bar() as bar:
+            quantizer = LayerQuantizer(
+                self._model,
+                self._settings.config,
+                self._settings.solver,
+                Calibration(
+                    batches=own,
+                    num_sequences=sum(len(batches[i]) for i in own),
+                    num_tokens=tokens.numel(),
+                ),
+                store,
+                wanted,
+                self._ranks,
+                activation_memory_bytes=self._settings.activation_memory_bytes,
+                on_group=lambda reports: bar.set_postfix_str(_describe(reports), refresh=True),
+            )
+            first = self._resume(quantizer, stores, batches, own)
+            bar.update(first)
+            for index in range(first, self._model.num_layers):
+                self._finish_layer(index, quantizer, stores)
+                bar.update()
+            self._finish_head(quantizer)
+        with self._ranks.together():
+            if self._ranks.is_first:
+                self._write(tokens.numel())
+        return read_report(self._settings.out)[0]
+
+    def _tokens(self) -> Tensor:
+        """The calibration windows, [S, L] int64, drawn once for all processes and restarts."""
+        settings, source = self._settings, self._source
+        with self._ranks.together():
+            if self._ranks.is_first and self._journal.read_tokens() is None:
+                limit = getattr(source.config, "max_position_embeddings", sys.maxsize)
+                tokens = calibration_batches(
+                    source,
+                    self._text,
+                    num_sequences=settings.num_sequences,
+                    sequence_length=min(settings.sequence_length, limit),
+                    seed=settings.seed,
+                    max_model_bytes=settings.activation_memory_bytes,
+                    progress=self._progress,
+                )
+                self._journal.write_tokens(tokens)
+        found = self._journal.read_tokens()
+        assert found is not None
+        return found
+
+    def _resume(
+        self,
+        quantizer: LayerQuantizer,
+        stores: Sequence[ActivationStore],
+        batches: Sequence[Tensor],
+        own: Sequence[int],
+    ) -> int:
+        """How many layers are finished; what their successor reads is in the store."""
+        first = self._journal.num_finished()
+        if first:
+            logger.info("%d of %d layers are finished", first, self._model.num_layers)
+        with self._ranks.together():
+            if not first or not all(store.holds(first, own) for store in stores):
+                for batch in own:
+                    for store in stores:
+                        store.put(0, batch, self._model.embed(batches[batch]))
+                for index in range(first):
+                    quantizer.replay_layer(index, self._journal.read_layer(index))
+        self._clean(stores, first)
+        return first
+
+    def _finish_layer(
+        self, index: int, quantizer: LayerQuantizer, stores: Sequence[ActivationStore]
+    ) -> None:
+        entry = quantizer.quantize_layer(index)
+        with self._ranks.together():
+            if self._ranks.is_first:
+                self._journal.write_layer(index, entry)
+        self._clean(stores, index + 1)
+
+    def _clean(self, stores: Sequence[ActivationStore], layer: int) -> None:
+        """Every process is done with the files of other layers."""
+        with self._ranks.together():
+            pass
+        with self._ranks.together():
+            if self._ranks.is_first:
+                for store in stores:
+                    store.keep_only(layer)
+
+    def _finish_head(self, quantizer: LayerQuantizer) -> None:
+        if not self._settings.config.lm_head or self._journal.read_head() is not None:
+            return
+        weight, bias = self._head()
+        entry = quantizer.quantize_head(weight, bias)
+        with self._ranks.together():
+            if self._ranks.is_first:
+                self._journal.write_head(entry)
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        tensors, name = self._model.other_tensors(), self._model.head_name
+        weight = self._model.embedding_name if self._model.tied_head else name
+        return tensors[f"{weight}.weight"], tensors.get(f"{name}.bias")
+
+    def _write(self, num_tokens: int) -> None:
+        """Put the checkpoint together, a layer at a time, and read it again."""
+        settings, journal = self._settings, self._journal
+        totals = _Totals()
+        expected: dict[str, str] = {}
+        with CheckpointWriter(settings.out, self._config_json(), settings.config) as writer:
+            for entry in chain(journal.entries(self._model.num_layers), [self._outside()]):
+                packed: dict[str, Tensor] = {}
+                for name, weight in entry.packed.items():
+                    packed |= linear_tensors(name, weight, settings.config)
+                    expected[name] = digest(weight)
+                for name, tensor in entry.tensors.items():
+                    expected[name] = digest(tensor)
+                totals.add(entry, packed)
+                writer.add({**entry.tensors, **packed})
+            report = self._report(num_tokens, totals)
+            writer.add_files(self._source.write_companions)
+            writer.add_files(lambda folder: write_report(folder, report, None))
+        try:
+            verify_checkpoint(settings.out, expected)
+        except QuantError:
+            shutil.rmtree(settings.out, ignore_errors=True)
+            raise
+
+    def _outside(self) -> Entry:
+        """What stands before and behind the layers, at 16 bits. Quantized embeddings would go here.
+
+        A tied head that is quantized is untied by that: the embedding is still written.
+        """
+        tensors = self._model.other_tensors()
+        if self._settings.config.lm_head:
+            for part in ("weight", "bias"):
+                tensors.pop(f"{self._model.head_name}.{part}", None)
+        return Entry(tensors=to_fp16(tensors))
+
+    def _config_json(self) -> dict[str, Any]:
+        config = {**self._source.config_json, "dtype": "float16"}
+        if self._settings.config.lm_head:
+            config["tie_word_embeddings"] = False
+        return config
+
+    def _report(self, num_tokens: int, totals: _Totals) -> QuantizeReport:
+        return QuantizeReport(
+            source=self._settings.source,
+            settings=self._settings.describe(),
+            seconds=time.monotonic() - self._started,
+            num_calibration_tokens=num_tokens,
+            num_bytes_16bit=_num_bytes_16bit(self._source),
+            num_bytes_packed=totals.num_bytes,
+            bits_per_weight=totals.bits_per_weight,
+            peak_memory_bytes=_peak_memory_bytes(),
+            modules=tuple(totals.modules),
+        )
+
+    def _bar(self) -> tqdm[Any]:
+        return tqdm(
+            total=self._model.num_layers,
+            desc="quantizing",
+            unit="layer",
+            disable=not self._progress,
         )
 
 
-@torch.inference_mode()
-def _quantize_model(
-    source: Source, batches: Tensor, config: QuantConfig, progress: bool
-) -> tuple[dict[str, Tensor], list[ModuleReport]]:
-    model = build_model(source.config, source.tensors)
-    decoder: Any = model.model
-    tensors = {
-        name: _to_fp16(name, tensor)
-        for name, tensor in source.tensors.items()
-        if not name.startswith("model.layers.") and not name.endswith("rotary_emb.inv_freq")
-    }
-    if source.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    hidden = [decoder.embed_tokens(ids).to(torch.float32) for ids in batches.split(BATCH_SIZE)]
-    positions = torch.arange(batches.shape[1]).unsqueeze(0)
-    rotary = decoder.rotary_emb(hidden[0], positions)
-    modules: list[ModuleReport] = []
-    total = STEPS_PER_LAYER * len(decoder.layers)
-    with tqdm(total=total, desc="quantizing", unit="step", disable=not progress) as bar:
-        for index, layer in enumerate(decoder.layers):
-            step = _LayerQuantizer(f"model.layers.{index}", layer.to(torch.float32), config, bar)
-            hidden = step.run(hidden, rotary)
-            tensors.update(step.tensors)
-            modules.extend(step.modules)
-            layer.to("meta")  # its weights are in `tensors` now
-    return tensors, modules
+class _Totals:
+    """What a checkpoint adds up to."""
 
-
-class _LayerQuantizer:
-    """Quantizes one decoder layer while the calibration text passes through it."""
-
-    def __init__(self, prefix: str, layer: Any, config: QuantConfig, bar: tqdm[Any]) -> None:
-        self.prefix = prefix
-        self.layer = layer
-        self.config = config
-        self.bar = bar
+    def __init__(self) -> None:
+        self.num_bytes = 0  # of every tensor
+        self.num_packed_bytes = 0  # of codes, scales and zero points
+        self.num_weights = 0  # that are quantized
         self.modules: list[ModuleReport] = []
-        self.tensors = {
-            name: _to_fp16(name, parameter)
-            for part in ("input_layernorm", "post_attention_layernorm")
-            for name, parameter in getattr(layer, part).named_parameters(f"{prefix}.{part}")
-        }
 
-    def run(self, hidden: list[Tensor], rotary: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """The layer's outputs with its quantized weights. Each tensor [batch, T, hidden] fp32."""
-        layer, attention, mlp = self.layer, self.layer.self_attn, self.layer.mlp
-        normed = [layer.input_layernorm(x) for x in hidden]
-        self._solve(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], normed)
+    def add(self, entry: Entry, packed: dict[str, Tensor]) -> None:
+        """An entry, and its packed layers as they lie in the checkpoint."""
+        self.modules += entry.modules
+        self.num_weights += sum(w.in_features * w.out_features for w in entry.packed.values())
+        self.num_bytes += sum(t.nbytes for t in chain(entry.tensors.values(), packed.values()))
+        self.num_packed_bytes += sum(
+            tensor.nbytes for name, tensor in packed.items() if not name.endswith(_NOT_WEIGHTS)
+        )
 
-        output, attention.o_proj = attention.o_proj, nn.Identity()
-        contexts = [
-            attention(x, position_embeddings=rotary, attention_mask=None)[0] for x in normed
-        ]
-        attention.o_proj = output
-        self._solve(["self_attn.o_proj"], contexts)
-        hidden = [x + output(context) for x, context in zip(hidden, contexts, strict=True)]
-        del normed, contexts
-
-        normed = [layer.post_attention_layernorm(x) for x in hidden]
-        self._solve(["mlp.gate_proj", "mlp.up_proj"], normed)
-        inner = [mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) for x in normed]
-        self._solve(["mlp.down_proj"], inner)
-        return [x + mlp.down_proj(y) for x, y in zip(hidden, inner, strict=True)]
-
-    def _solve(self, names: list[str], inputs: list[Tensor]) -> None:
-        """Quantize the linear layers that read `inputs`, and leave the quantized weights in them.
-
-        They are solved as one matrix: rows do not influence each other, and one Hessian, one
-        factorization and one pass over the columns serve all.
-        """
-        prefixes = [f"{self.prefix}.{name}" for name in names]
-        self.bar.set_postfix_str(prefixes[-1].removeprefix("model."), refresh=True)
-        linears: list[nn.Linear] = [self.layer.get_submodule(name) for name in names]
-        hessian = torch.zeros(2 * [inputs[0].shape[-1]])
-        for x in inputs:
-            accumulate_hessian(hessian, x)
-        try:
-            factor = factorize(
-                hessian,
-                group_size=self.config.group_size,
-                damp_percent=self.config.damp_percent,
-            )
-            weight = torch.cat([linear.weight for linear in linears])
-            solved = quantize_weight(weight, factor, bits=self.config.bits)
-        except SolverError as error:
-            raise SolverError(f"{prefixes[0]}: {error}") from None
-        parts = solved.split([linear.out_features for linear in linears])
-        for prefix, linear, part in zip(prefixes, linears, parts, strict=True):
-            dequantized = part.dequantize()
-            lost = relative_error(linear.weight, dequantized, hessian)
-            self.modules.append(
-                ModuleReport(name=prefix, relative_error=lost, damp_percent=factor.damp_percent)
-            )
-            self.tensors |= gptq_tensors(prefix, part.pack(linear.bias), self.config)
-            linear.weight.data = dequantized
-        self.bar.update()
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.num_packed_bytes / self.num_weights if self.num_weights else 16.0
 
 
-def _check_config(config: QuantConfig) -> None:
-    if not config.sym:
-        raise QuantError("sym is false; only symmetric quantization is supported")
-    if config.desc_act:
-        raise QuantError("desc_act is true; only regular groups are supported")
-    if config.lm_head:
-        raise QuantError("lm_head is true; the output head stays at 16 bits")
+def _describe(reports: Sequence[ModuleReport]) -> str:
+    """A group of linear layers for the progress line, by the one that came out worst."""
+    worst = max(reports, key=lambda report: report.relative_error)
+    seconds = sum(report.seconds for report in reports)
+    fallback = " (rounded to nearest)" if worst.fallback else ""
+    return (
+        f"{worst.name} error {worst.relative_error:.2%}{fallback} "
+        f"damp {worst.damp_percent:g} {seconds:.1f} s"
+    )
 
 
-def _check_finite(tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
+def _check_settings(settings: Settings) -> None:
+    config = settings.config
+    for name in ("desc_act", "embeddings"):
+        if getattr(config, name):
+            raise QuantError(f"{name} is true; checkpoints like that are read, never made")
+    if config.checkpoint_format == "awq":
+        raise QuantError("checkpoint_format is 'awq'; this format is read, never written")
+    if settings.activation_memory_bytes < 0:
+        value = settings.activation_memory_bytes
+        raise QuantError(f"activation_memory_bytes is {value}; it must be at least 0")
+
+
+def _check_finite(source: Source, model: LayeredModel) -> None:
+    """All of a small model; of a large one what stands outside the layers."""
+    small = _num_bytes_16bit(source) <= MAX_SCANNED_BYTES
+    names = sorted(source.places) if small else []
+    tensors = {name: source.tensor(source.places[name]) for name in names}
+    for name, tensor in {**tensors, **model.other_tensors()}.items():
         if not bool(torch.isfinite(tensor).all()):
             raise QuantError(f"tensor {name} holds values that are not finite")
+    source.release()
 
 
-def _check_disk(out: Path, tensors: dict[str, Tensor], config: QuantConfig) -> None:
-    """Raises QuantError when the checkpoint cannot fit; its size is known to a few percent."""
-    layers = sum(t.numel() for name, t in tensors.items() if name.startswith("model.layers."))
-    rest = sum(t.numel() for t in tensors.values()) - layers
-    needed = 2 * rest + layers * config.bits // 8
-    parent = out.absolute().parent
+def _check_disk(settings: Settings, source: Source, model: LayeredModel) -> None:
+    """The checkpoint, its layers in the journal, and the activations before and behind a layer.
+
+    Raises QuantError when they cannot fit; their size is known to a few percent.
+    """
+    whole = _num_bytes_16bit(source)
+    outside = sum(2 * tensor.numel() for tensor in model.other_tensors().values())
+    packed = (whole - outside) * settings.config.bits // 16
+    hidden_size = getattr(source.config.get_text_config(), "hidden_size", 0)
+    num_tokens = settings.num_sequences * settings.sequence_length
+    needed = outside + 2 * packed + 2 * 4 * num_tokens * hidden_size
+    parent = settings.out.parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise QuantError(f"{out}: {needed >> 20} MiB are needed, {free >> 20} MiB are free")
+        raise QuantError(
+            f"{settings.out}: {needed >> 20} MiB are needed, {free >> 20} MiB are free"
+        )
 
 
-def _to_fp16(name: str, tensor: Tensor) -> Tensor:
-    converted = tensor.to(torch.float16)
-    if not bool(torch.isfinite(converted).all()):
-        raise QuantError(f"tensor {name} holds values beyond the fp16 range")
-    return converted
+def _fingerprint(settings: Settings, prepared: _Prepared) -> Fingerprint:
+    """What must be the same for a run to go on with the layers of another one."""
+    text = prepared.text
+    return {
+        "model": _identify(prepared.source),
+        **{key: str(value) for key, value in settings.describe().items()},
+        "calibration text": "built-in" if text is None else _hash(text.encode()),
+        **{f"version of {name}": version(name) for name in ("lowbit", "torch", "transformers")},
+    }
+
+
+def _identify(source: Source) -> str:
+    """The files of a local source by name, size and time; of a hub's model, its name."""
+    path = Path(source.name).expanduser()
+    files = [path] if path.is_file() else sorted(path.glob("*.*"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return _hash(json.dumps([source.config_json, stats or source.name], default=str).encode())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _num_bytes_16bit(source: Source) -> int:
+    return sum(2 * math.prod(source.shape(name)) for name in source.names())
+
+
+def _peak_memory_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

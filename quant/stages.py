@@ -1,0 +1,426 @@
+"""One decoder layer, or the output head, quantized while the calibration text passes through it.
+
+Passes, Hessians, solving, and the result put in place; the processes of a run share every step.
+Knows nothing of files: what is finished is an `Entry`. Shapes: K input and N output features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import repeat
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.packing import PackedWeight, concatenate, dequantize, select_outputs
+from .activations import ActivationStore
+from .config import ModuleConfig, QuantConfig
+from .distributed import Ranks
+from .drift import DriftSum
+from .errors import QuantError, SolverError
+from .formats import check_format
+from .gptq import QuantizedWeight, Solution, SolverConfig, solve
+from .hessian import HessianSum
+from .journal import Entry
+from .layers import LayeredModel
+from .passes import LayerPasses, paused_bytes
+from .report import ModuleReport
+
+ROWS_AT_ONCE = 2048  # of a matrix that are packed or put in place together, to save memory
+HEAD_ROWS = 16384  # of the output head that are solved together
+# A routed expert that saw a smaller share of the tokens has a Hessian that says too little; the
+# share is GPTQModel's.
+MIN_TOKEN_SHARE = 0.005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A linear layer to quantize."""
+
+    name: str  # relative to its decoder layer
+    full_name: str  # on disk
+    config: ModuleConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetGroup:
+    """Linear layers to quantize that read the same input."""
+
+    targets: tuple[Target, ...]
+    stream: str | None  # see LinearGroup
+
+
+# A group's input in one batch, and the residual stream that its output is added to, if any.
+Taken = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The calibration text as this process sees it."""
+
+    batches: Sequence[int]  # this process's
+    num_sequences: int  # in those batches
+    num_tokens: int  # of the whole run
+
+
+class LayerQuantizer:
+    """Quantizes the layers of a model in order, each behind the quantized ones before it."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        config: QuantConfig,
+        solver: SolverConfig,
+        calibration: Calibration,
+        store: ActivationStore,
+        wanted: ActivationStore | None,
+        ranks: Ranks,
+        *,
+        activation_memory_bytes: int,
+        on_group: Callable[[Sequence[ModuleReport]], None],
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._solver = solver
+        self._calibration = calibration
+        self._store = store
+        self._wanted = wanted  # the 16-bit model's hidden states, where drift is corrected
+        self._ranks = ranks
+        self._activation_memory_bytes = activation_memory_bytes
+        self._on_group = on_group
+
+    def quantize_layer(self, index: int) -> Entry:
+        """Quantize layer `index` and leave its outputs in the store, where the next one reads."""
+        with self._ranks.together():
+            layer = load_layer(self._model, index)
+            groups = find_targets(self._model, layer, index, self._config)
+        packed: dict[str, PackedWeight] = {}
+        reports: list[ModuleReport] = []
+        with ExitStack() as stack:
+            passes = stack.enter_context(self._passes(layer, index, groups, self._store))
+            wanted = None
+            if self._wanted is not None:
+                original = load_layer(self._model, index)
+                wanted = stack.enter_context(self._passes(original, index, groups, self._wanted))
+            for i, group in enumerate(groups):
+                linears = [_linear(layer, target.name) for target in group.targets]
+                goals = repeat(None) if wanted is None else wanted.inputs_and_streams(i)
+                pairs = zip(passes.inputs_and_streams(i), goals, strict=False)
+                weights, found = self._quantize_group(group, linears, pairs)
+                for target, linear, weight in zip(group.targets, linears, weights, strict=True):
+                    install(linear, weight)
+                    packed[target.full_name] = weight
+                reports += found
+                self._on_group(found)
+            with self._ranks.together():
+                self._keep_outputs(index, passes.outputs(), self._store)
+                if wanted is not None and self._wanted is not None:
+                    self._keep_outputs(index, wanted.outputs(), self._wanted)
+        quantized = {target.name for group in groups for target in group.targets}
+        tensors = self._model.layer_tensors(layer, index, quantized)
+        return Entry(packed=packed, tensors=to_fp16(tensors), modules=tuple(reports))
+
+    def replay_layer(self, index: int, entry: Entry) -> None:
+        """Leave a finished layer's outputs in the store; the same numbers as when it was made."""
+        layer = load_layer(self._model, index)
+        groups = find_targets(self._model, layer, index, self._config)
+        if self._wanted is not None:
+            with self._passes(layer, index, [], self._wanted) as passes:
+                self._keep_outputs(index, passes.outputs(), self._wanted)
+        for target in (target for group in groups for target in group.targets):
+            install(_linear(layer, target.name), entry.packed[target.full_name])
+        with self._passes(layer, index, [], self._store) as passes:
+            self._keep_outputs(index, passes.outputs(), self._store)
+
+    def quantize_head(self, weight: Tensor, bias: Tensor | None) -> Entry:
+        """Quantize the output head, [N, K] as stored; it reads what the last layer left."""
+        name, started = self._model.head_name, time.monotonic()
+        assert name is not None
+        config = self._config.for_module(name)
+        assert config is not None
+        target = Target(name=name, full_name=name, config=config)
+        last = self._model.num_layers
+        inputs = (
+            self._model.head_input(self._store.get(last, batch))
+            for batch in self._calibration.batches
+        )
+        summed = self._sum_hessian(weight.shape[1], inputs)
+        with self._ranks.together():
+            hessian, _ = self._choose_hessian(target, summed)
+        parts = [
+            solve_together([target], [rows.float()], hessian.clone(), self._solver, self._ranks)
+            for rows in weight.split(HEAD_ROWS)
+        ]
+        packed = concatenate([pack(part.quantized, None) for (part,) in parts])
+        packed = replace(packed, bias=None if bias is None else to_fp16({name: bias})[name])
+        whole = replace(
+            parts[0][0],
+            lost=sum(part.lost for (part,) in parts),
+            energy=sum(part.energy for (part,) in parts),
+        )
+        reports = make_reports([target], [whole], summed, time.monotonic() - started)
+        self._on_group(reports)
+        return Entry(packed={name: packed}, modules=tuple(reports))
+
+    def _quantize_group(
+        self,
+        group: TargetGroup,
+        linears: Sequence[nn.Linear],
+        pairs: Iterable[tuple[Taken, Taken | None]],
+    ) -> tuple[list[PackedWeight], list[ModuleReport]]:
+        """`pairs`: what the group is given in each batch, and what the 16-bit model's would be."""
+        started = time.monotonic()
+        targets, weights = group.targets, [linear.weight for linear in linears]
+        summed, drifts = self._sum(weights, pairs, has_residual=group.stream is not None)
+        with self._ranks.together():
+            hessian, fallback = self._choose_hessian(targets[0], summed)
+        solutions = solve_together(
+            targets, weights, hessian, self._solver, self._ranks, drifts=drifts, fallback=fallback
+        )
+        del hessian
+        packed = [
+            pack(solution.quantized, linear.bias)
+            for solution, linear in zip(solutions, linears, strict=True)
+        ]
+        return packed, make_reports(targets, solutions, summed, time.monotonic() - started)
+
+    def _sum(
+        self,
+        weights: Sequence[Tensor],
+        pairs: Iterable[tuple[Taken, Taken | None]],
+        *,
+        has_residual: bool,
+    ) -> tuple[HessianSum, list[Tensor] | None]:
+        """The Hessian and the drift over the batches of all ranks.
+
+        There is no drift without the 16-bit model's hidden states, nor where a router sent other
+        tokens to the layer than it would have at 16 bits.
+        """
+        summed = HessianSum(weights[0].shape[1])
+        drift = None
+        if self._wanted is not None:
+            drift = DriftSum(weights, has_residual=has_residual)
+        num_strayed = torch.tensor(0)
+        with self._ranks.together():
+            for (inputs, stream), wanted in pairs:
+                summed.add(inputs)
+                if drift is None or wanted is None:
+                    continue
+                if inputs.dim() != 3 or inputs.shape != wanted[0].shape:
+                    num_strayed += 1
+                    continue
+                lacking = None if stream is None or wanted[1] is None else wanted[1] - stream
+                drift.add(inputs, wanted[0], lacking)
+        self._add_over_ranks(summed)
+        if drift is None:
+            return summed, None
+        self._ranks.add(num_strayed)
+        for part in drift.sums:
+            self._ranks.add(part)
+        return summed, None if int(num_strayed) else drift.finish()
+
+    def _sum_hessian(self, num_features: int, inputs: Iterable[Tensor]) -> HessianSum:
+        """Over the batches of all ranks."""
+        summed = HessianSum(num_features)
+        with self._ranks.together():
+            for batch in inputs:
+                summed.add(batch)
+        self._add_over_ranks(summed)
+        return summed
+
+    def _add_over_ranks(self, summed: HessianSum) -> None:
+        for panel in summed.panels:
+            self._ranks.add(panel)
+        count = torch.tensor(summed.num_tokens)
+        self._ranks.add(count)
+        summed.num_tokens = int(count)
+
+    def _choose_hessian(self, target: Target, summed: HessianSum) -> tuple[Tensor, str | None]:
+        """The Hessian to solve with, [K, K] fp32, and why it is not that of the inputs, if so."""
+        needed = MIN_TOKEN_SHARE * self._calibration.num_tokens
+        if summed.num_tokens < max(needed, 1):
+            reason = f"{summed.num_tokens} tokens reached it, {needed:.0f} are needed"
+            return torch.eye(summed.num_features), reason
+        if not summed.is_finite():
+            raise QuantError(f"{target.full_name}: its inputs hold values that are not finite")
+        return summed.finish(), None
+
+    def _passes(
+        self, layer: nn.Module, index: int, groups: Sequence[TargetGroup], store: ActivationStore
+    ) -> LayerPasses:
+        names = [[target.name for target in group.targets] for group in groups]
+        streams = (
+            {i: group.stream for i, group in enumerate(groups) if group.stream is not None}
+            if self._solver.drift == "stream"
+            else {}
+        )
+
+        def forward(hidden: Tensor) -> Tensor:
+            return self._model.call_layer(layer, index, hidden)
+
+        def load(batch: int) -> Tensor:
+            return store.get(index, batch)
+
+        batches = self._calibration.batches
+        with self._ranks.together():
+            held = paused_bytes(layer, names, forward, load(batches[0])[:1]) if batches else 0
+        held *= self._calibration.num_sequences * (1 if self._wanted is None else 2)
+        return LayerPasses(
+            layer,
+            names,
+            forward,
+            load,
+            batches,
+            keep_paused=held <= self._activation_memory_bytes,
+            streams=streams,
+        )
+
+    def _keep_outputs(
+        self, index: int, outputs: Iterator[tuple[int, Tensor]], store: ActivationStore
+    ) -> None:
+        for batch, output in outputs:
+            if not bool(torch.isfinite(output).all()):
+                name = self._model.layer_name(index)
+                raise QuantError(f"{name}: its outputs hold values that are not finite")
+            store.put(index + 1, batch, output)
+
+
+def load_layer(model: LayeredModel, index: int) -> nn.Module:
+    """The layer in fp32. Raises QuantError that names a tensor which is not finite."""
+    layer = model.load_layer(index)
+    for name, parameter in layer.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            full_name = f"{model.layer_name(index)}.{name}"
+            raise QuantError(f"tensor {full_name} holds values that are not finite")
+    return layer
+
+
+def find_targets(
+    model: LayeredModel, layer: nn.Module, index: int, config: QuantConfig
+) -> list[TargetGroup]:
+    """The layer's linear layers to quantize, in groups that read the same input.
+
+    Raises CheckpointError that names a layer which the checkpoint's format cannot hold.
+    """
+    groups = []
+    for group in model.linear_groups(layer, index):
+        targets = []
+        for name in group.names:
+            full_name = model.checkpoint_name(index, name)
+            module = config.for_module(full_name)
+            if module is not None:
+                linear = _linear(layer, name)
+                check_format(config, full_name, linear.in_features, linear.out_features)
+                targets.append(Target(name=name, full_name=full_name, config=module))
+        if targets:
+            groups.append(TargetGroup(targets=tuple(targets), stream=group.stream))
+    return groups
+
+
+def _linear(layer: nn.Module, name: str) -> nn.Linear:
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def solve_together(
+    targets: Sequence[Target],
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    solver: SolverConfig,
+    ranks: Ranks,
+    *,
+    drifts: Sequence[Tensor] | None = None,
+    fallback: str | None = None,
+) -> list[Solution]:
+    """Solve layers that read the same inputs; each rank a part of every layer's rows.
+
+    weights [N_i, K] fp32, hessian [K, K] fp32, which may be overwritten; `drifts` and `fallback` as
+    in `solve`. Rows do not influence each other, so the codes are those that one process finds.
+    Raises SolverError that names the layer.
+    """
+    own = [ranks.slices(len(weight))[ranks.rank] for weight in weights]
+    rows = [weight[part] for weight, part in zip(weights, own, strict=True)]
+    if drifts is not None:
+        drifts = [drift[part] for drift, part in zip(drifts, own, strict=True)]
+    configs = [target.config for target in targets]
+    with ranks.together():
+        try:
+            solutions = solve(rows, hessian, configs, solver, drifts=drifts, fallback=fallback)
+        except SolverError as error:
+            raise SolverError(f"{targets[0].full_name}: {error}") from None
+    if ranks.world_size == 1:
+        return solutions
+    return [
+        _gather(solution, len(weight), ranks)
+        for solution, weight in zip(solutions, weights, strict=True)
+    ]
+
+
+def _gather(own: Solution, num_rows: int, ranks: Ranks) -> Solution:
+    """The solution of all rows, given this rank's part."""
+    sizes = [part.stop - part.start for part in ranks.slices(num_rows)]
+    part = own.quantized
+    sums = torch.tensor([own.lost, own.energy], dtype=torch.float64)
+    ranks.add(sums)
+    return replace(
+        own,
+        lost=float(sums[0]),
+        energy=float(sums[1]),
+        quantized=replace(
+            part,
+            codes=ranks.gather_columns(part.codes, sizes),
+            scales=ranks.gather_columns(part.scales, sizes),
+            zeros=ranks.gather_columns(part.zeros, sizes),
+        ),
+    )
+
+
+def pack(quantized: QuantizedWeight, bias: Tensor | None) -> PackedWeight:
+    """Packing widens codes to 64 bits: a part of the rows at a time."""
+    count = quantized.codes.shape[1]
+    sizes = [min(ROWS_AT_ONCE, count - start) for start in range(0, count, ROWS_AT_ONCE)]
+    packed = concatenate([part.pack() for part in quantized.split(sizes)])
+    return replace(packed, bias=None if bias is None else to_fp16({"bias": bias})["bias"])
+
+
+def install(linear: nn.Linear, weight: PackedWeight) -> None:
+    """Put the weight that other programs will read from the checkpoint into the layer."""
+    for outputs in torch.arange(weight.out_features).split(ROWS_AT_ONCE):
+        linear.weight.data[outputs[0] : outputs[-1] + 1] = dequantize(
+            select_outputs(weight, outputs)
+        )
+
+
+def make_reports(
+    targets: Sequence[Target], solutions: Sequence[Solution], summed: HessianSum, seconds: float
+) -> list[ModuleReport]:
+    """One per layer; each takes its share of the group's time by its size."""
+    counts = [solution.quantized.codes.numel() for solution in solutions]
+    return [
+        ModuleReport(
+            name=target.full_name,
+            bits=target.config.bits,
+            group_size=target.config.group_size,
+            sym=target.config.sym,
+            num_parameters=count,
+            num_tokens=summed.num_tokens,
+            relative_error=solution.relative_error,
+            damp_percent=solution.damp_percent,
+            fallback=solution.fallback,
+            seconds=seconds * count / sum(counts),
+        )
+        for target, solution, count in zip(targets, solutions, counts, strict=True)
+    ]
+
+
+def to_fp16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is not quantized, as it is stored. Raises QuantError beyond the fp16 range."""
+    converted = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
+    for name, tensor in converted.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise QuantError(f"tensor {name} holds values beyond the fp16 range")
+    return converted
