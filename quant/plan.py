@@ -1,0 +1,594 @@
+"""What a quantization run costs and what comes out, before it: sizes, memory, time, a GPU's fit.
+
+From a configuration alone, through a model without weights; no weight is read. Sizes are exact,
+memory is a sum of stated terms, time is an estimate from rates measured here and now.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from ..kernels.packing import num_groups, packed_rows
+from .checkpoint import MAX_SHARD_BYTES
+from .config import ModuleConfig, QuantConfig
+from .errors import QuantError, SourceError
+from .formats import check_format
+from .gptq import ROWS_AT_ONCE as SOLVER_ROWS
+from .gptq import SolverConfig, solve
+from .layers import find_layers, is_router
+from .pipeline import (
+    BATCH_SIZE,
+    DEFAULT_ACTIVATION_MEMORY_BYTES,
+    DEFAULT_NUM_SEQUENCES,
+    DEFAULT_SEQUENCE_LENGTH,
+)
+from .skeleton import Skeleton
+from .stages import ROWS_AT_ONCE
+from .units import format_bytes, format_seconds
+
+# Memory that `nvidia-smi` reports, in MiB: what is left of the size on the box.
+GPU_MEMORY_MIB = {
+    "A10": 23_028,
+    "A100-40": 40_960,
+    "A100-80": 81_920,
+    "A6000": 49_140,
+    "B200": 183_359,
+    "H100-80": 81_559,
+    "H200-141": 143_771,
+    "L4": 23_034,
+    "L40S": 46_068,
+    "RTX3090": 24_576,
+    "RTX4090": 24_564,
+    "RTX5090": 32_607,
+    "T4": 15_360,
+}
+# Of that memory, for weights and KV cache; the rest is the CUDA context, activations, workspaces.
+USABLE_GPU_FRACTION = 0.9
+
+# Where the memory of a run goes, beside what follows from shapes alone.
+PROCESS_BYTES = 450 << 20  # measured after the imports
+SUM_BYTES = 4  # of K * K: a triangle in fp64
+FACTOR_BYTES = 4 + 8  # of K * K: the Hessian in fp32 and its factor in fp64
+ROW_BYTES = 24  # of K * N for the rows that are packed together: wide codes and their periods
+CODE_BYTES = 1  # of K * N for the layers of a group, before they are packed
+PAUSED_STATES = 6  # hidden states that attention holds: residual, normed, q, k, v, output
+PASS_WIDTH = 4  # times the widest activation: what a forward pass holds inside the layer
+
+# How often the solver goes over a matrix.
+HESSIAN_OPERATIONS = 1.25  # of K * K for a token; symmetric, so little more than half of 2
+FACTOR_OPERATIONS = 1  # of K ** 3: a Cholesky factor and a triangular inverse
+SOLVER_OPERATIONS = 1 + 2 + 4  # of N * K * K: spreading errors, descent's start, output errors
+SWEEP_OPERATIONS = 2  # of N * K * K for each sweep of coordinate descent
+PROBE_COLUMNS = 64  # of the layers whose solving is timed: matrix products hardly count there
+
+# Linear layers of one parent that read the same input, and so share one Hessian.
+SHARED_INPUTS = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"query", "key", "value"},
+    {"gate_proj", "up_proj"},
+    {"w1", "w3"},
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """One linear layer, quantized or not."""
+
+    name: str  # on disk
+    in_features: int
+    out_features: int
+    bias: bool
+    layer: int | None  # None: it stands outside the decoder layers
+    share: float  # of all tokens that reach it; below 1 for a routed expert
+    tied: bool  # its weight is the input embedding's, too
+    config: ModuleConfig | None  # None: it stays at 16 bits
+
+    @property
+    def num_weights(self) -> int:
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One part of a sum."""
+
+    label: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A part of the run, and what is in memory at once in it."""
+
+    name: str
+    terms: tuple[Term, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(term.num_bytes for term in self.terms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """How fast this machine is."""
+
+    matmul: float  # fp32 operations in a second
+    matmul64: float  # fp64 operations in a second
+    copy: float  # bytes read in a second
+    solver_column: float  # seconds of the solver for an input feature of a layer
+    solver_weight: float  # seconds of the solver for a weight, matrix products aside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFit:
+    """Whether the checkpoint and a KV cache of so many tokens fit a GPU's memory."""
+
+    name: str
+    memory_bytes: int
+    usable_bytes: int
+    kv_tokens: int
+    kv_bytes: int
+    needed_bytes: int  # the packed checkpoint and the KV cache
+    max_kv_tokens: int | None  # beside the checkpoint; None: it has no KV cache
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.usable_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A run that was not made."""
+
+    source: str
+    model_type: str
+    num_parameters: int
+    num_quantized: int  # linear layers
+    num_bytes_16bit: int  # every weight at two bytes
+    num_bytes_packed: int  # every tensor of the checkpoint, exactly
+    bits_per_weight: float  # of the quantized layers, scales and zero points included
+    num_calibration_tokens: int
+    memory: Phase  # of the run's phases the one that needs most
+    time: tuple[tuple[str, float], ...]  # (part of the run, seconds)
+    gpu: GpuFit | None
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return self.memory.num_bytes
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for _, seconds in self.time)
+
+
+def plan_run(
+    source: str,
+    config: QuantConfig,
+    *,
+    num_sequences: int = DEFAULT_NUM_SEQUENCES,
+    sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
+    activation_memory_bytes: int = DEFAULT_ACTIVATION_MEMORY_BYTES,
+    gpu: str | None = None,
+    kv_tokens: int = 0,
+    rates: Rates | None = None,
+) -> Plan:
+    """The plan of `lowbit quantize SOURCE` with these settings. `rates`: measured if absent.
+
+    Raises a QuantError in one line for what the run itself would refuse of a configuration.
+    """
+    return plan_model(
+        source,
+        load_config(source),
+        config,
+        num_sequences=num_sequences,
+        sequence_length=sequence_length,
+        activation_memory_bytes=activation_memory_bytes,
+        gpu=gpu,
+        kv_tokens=kv_tokens,
+        rates=rates,
+    )
+
+
+def plan_model(
+    name: str,
+    model_config: PretrainedConfig,
+    config: QuantConfig,
+    *,
+    num_sequences: int = DEFAULT_NUM_SEQUENCES,
+    sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
+    activation_memory_bytes: int = DEFAULT_ACTIVATION_MEMORY_BYTES,
+    gpu: str | None = None,
+    kv_tokens: int = 0,
+    rates: Rates | None = None,
+) -> Plan:
+    """`plan_run` for a configuration that is at hand."""
+    _check_positive(num_sequences=num_sequences, sequence_length=sequence_length)
+    if kv_tokens < 0:
+        raise QuantError(f"kv_tokens is {kv_tokens}; it must be at least 0")
+    gpu_name = None if gpu is None else _gpu_name(gpu)
+    model = _Model(name, model_config, config)
+    length = min(sequence_length, getattr(model_config, "max_position_embeddings", sequence_length))
+    quantized = [linear for linear in model.linears if linear.config is not None]
+    num_bytes = model.checkpoint_bytes()
+    return Plan(
+        source=name,
+        model_type=model_config.model_type,
+        num_parameters=model.num_parameters,
+        num_quantized=len(quantized),
+        num_bytes_16bit=2 * model.num_parameters,
+        num_bytes_packed=num_bytes,
+        bits_per_weight=bits_per_weight(quantized, config.checkpoint_format),
+        num_calibration_tokens=num_sequences * length,
+        memory=_memory(model, num_sequences, length, activation_memory_bytes),
+        time=_time(model, num_sequences, length, rates or measure_rates()),
+        gpu=None if gpu_name is None else _gpu_fit(gpu_name, model, num_bytes, kv_tokens),
+    )
+
+
+def describe(plan: Plan) -> str:
+    """The plan in words, a few lines."""
+    lines = [
+        f"{plan.source} ({plan.model_type}): {plan.num_parameters:,} parameters, "
+        f"{plan.num_quantized} linear layers to quantize",
+        f"size         {format_bytes(plan.num_bytes_16bit)} at 16 bits, "
+        f"{format_bytes(plan.num_bytes_packed)} packed ({plan.num_bytes_packed:,} bytes), "
+        f"{plan.bits_per_weight:.3f} bits per weight",
+        f"peak memory  {format_bytes(plan.peak_memory_bytes)}, while {plan.memory.name}:",
+        *(
+            f"             {format_bytes(term.num_bytes):>11}  {term.label}"
+            for term in plan.memory.terms
+        ),
+        f"time         about {format_seconds(plan.seconds)} on this machine, an estimate for "
+        f"{plan.num_calibration_tokens:,} calibration tokens:",
+        *(f"             {format_seconds(seconds):>11}  {part}" for part, seconds in plan.time),
+    ]
+    return "\n".join([*lines, *([] if plan.gpu is None else [_describe_fit(plan.gpu)])])
+
+
+def _describe_fit(gpu: GpuFit) -> str:
+    cache = f" + {format_bytes(gpu.kv_bytes)} KV cache of {gpu.kv_tokens:,} tokens"
+    room = "" if gpu.max_kv_tokens is None else f"; room for {gpu.max_kv_tokens:,} tokens"
+    return (
+        f"GPU          {'fits' if gpu.fits else 'does not fit'} {gpu.name}: "
+        f"{format_bytes(gpu.needed_bytes - gpu.kv_bytes)} checkpoint"
+        f"{cache if gpu.kv_bytes else ''} of {format_bytes(gpu.usable_bytes)} usable "
+        f"({USABLE_GPU_FRACTION:.0%} of {format_bytes(gpu.memory_bytes)}){room}"
+    )
+
+
+def load_config(source: str) -> PretrainedConfig:
+    """The configuration of a folder, a config.json, a .gguf file or a hub id; reads no weights."""
+    path = Path(source).expanduser()
+    where, options = str(path), {}
+    if path.suffix == ".gguf":
+        where, options = str(path.parent), {"gguf_file": path.name}
+    elif not path.exists():
+        where = source
+    if (path.is_absolute() or path.suffix in (".gguf", ".json")) and not path.exists():
+        raise SourceError(f"{source}: there is no such file or folder")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            where, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        line = str(error).strip().partition("\n")[0]
+        raise SourceError(f"{source}: its configuration cannot be read ({line})") from None
+    if getattr(config, "quantization_config", None):
+        raise SourceError(f"{source}: is quantized already; start from the 16-bit model")
+    return config
+
+
+class _Model:
+    """What a configuration says about a model's tensors."""
+
+    def __init__(self, name: str, model_config: PretrainedConfig, config: QuantConfig) -> None:
+        try:
+            self.skeleton = Skeleton(model_config)
+            self.layers_name, layers = find_layers(self.skeleton.model)
+        except SourceError as error:
+            raise SourceError(f"{name}: {error}") from None
+        if config.lm_head and not self.skeleton.is_causal:
+            raise QuantError("lm_head is true; this model has no output head")
+        self.num_layers = len(layers)
+        self.config = model_config
+        self.quant_config = config
+        self.sizes = {
+            key: math.prod(shape)
+            for key, shape in self.skeleton.shapes.items()
+            if key not in self.skeleton.tied
+        }
+        self.num_parameters = sum(self.sizes.values())
+        self.linears = [
+            self._linear(path, module)
+            for path, module in self.skeleton.model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+
+    def checkpoint_bytes(self) -> int:
+        """Of every tensor: packed layers, and all else at two bytes a number."""
+        packed, dense = 0, self.num_parameters
+        for linear in self.linears:
+            if linear.config is not None:
+                packed += packed_bytes(linear, self.quant_config.checkpoint_format)
+                if not linear.tied:
+                    dense -= linear.num_weights + linear.bias * linear.out_features
+        return packed + 2 * dense
+
+    def largest_layer(self) -> int:
+        """Parameters of the largest decoder layer."""
+        totals = dict.fromkeys(range(self.num_layers), 0)
+        for name, size in self.sizes.items():
+            layer = self._layer_of(name)
+            if layer is not None:
+                totals[layer] += size
+        return max(totals.values())
+
+    def largest_packed_layer(self) -> int:
+        """Bytes of the quantized weights of one decoder layer, packed."""
+        totals = dict.fromkeys(range(self.num_layers), 0)
+        for linear in self.linears:
+            if linear.config is not None and linear.layer is not None:
+                totals[linear.layer] += packed_bytes(linear, self.quant_config.checkpoint_format)
+        return max(totals.values())
+
+    def groups(self) -> list[list[Linear]]:
+        """The quantized layers; those that share an input together."""
+        groups: dict[tuple[str, str], list[Linear]] = {}
+        for linear in self.linears:
+            if linear.config is not None:
+                parent, _, leaf = linear.name.rpartition(".")
+                shared = next((names for names in SHARED_INPUTS if leaf in names), {leaf})
+                groups.setdefault((parent, min(shared)), []).append(linear)
+        return list(groups.values())
+
+    def _linear(self, path: str, module: nn.Linear) -> Linear:
+        name = self.skeleton.checkpoint_name(path)
+        size = (module.in_features, module.out_features)
+        layer = self._layer_of(path)
+        head = self.skeleton.is_causal and module is self.skeleton.model.get_output_embeddings()
+        quantized = (layer is not None and not is_router(path)) or head
+        if quantized:
+            check_format(self.quant_config, name, *size)
+        return Linear(
+            name=name,
+            in_features=size[0],
+            out_features=size[1],
+            bias=module.bias is not None,
+            layer=layer,
+            share=self._share(path),
+            tied=f"{path}.weight" in self.skeleton.tied,
+            config=self.quant_config.for_module(name) if quantized else None,
+        )
+
+    def _layer_of(self, path: str) -> int | None:
+        if not path.startswith(f"{self.layers_name}."):
+            return None
+        return int(path.removeprefix(f"{self.layers_name}.").partition(".")[0])
+
+    def _share(self, path: str) -> float:
+        """Of the tokens that reach a module: those of its expert, if the router spreads evenly."""
+        experts, found, _ = path.rpartition(".experts.")
+        if not found:
+            return 1.0
+        count = len(self.skeleton.model.get_submodule(f"{experts}.experts"))
+        return min(1.0, int(self.config.num_experts_per_tok) / count)
+
+
+# Sizes
+
+
+def packed_bytes(linear: Linear, checkpoint_format: str) -> int:
+    """Bytes of a packed layer's tensors in that format."""
+    # The shape as two int64, or g_idx.
+    extra = 16 if checkpoint_format == "compressed-tensors" else 4 * linear.in_features
+    return weight_bytes(linear, checkpoint_format) + extra + 2 * linear.bias * linear.out_features
+
+
+def weight_bytes(linear: Linear, checkpoint_format: str) -> int:
+    """Bytes of codes, scales and zero points alone."""
+    assert linear.config is not None
+    columns, rows, bits = linear.in_features, linear.out_features, linear.config.bits
+    groups = num_groups(columns, linear.config.group_size)
+    has_zeros = checkpoint_format != "compressed-tensors" or not linear.config.sym
+    words = packed_rows(columns, bits) * rows + has_zeros * packed_rows(rows, bits) * groups
+    return 4 * words + 2 * groups * rows
+
+
+def bits_per_weight(linears: Sequence[Linear], checkpoint_format: str) -> float:
+    """Of codes, scales and zero points together; 16 where nothing is quantized."""
+    num_bytes = sum(weight_bytes(linear, checkpoint_format) for linear in linears)
+    return 8 * num_bytes / sum(linear.num_weights for linear in linears) if linears else 16.0
+
+
+# Memory
+
+
+def _memory(model: _Model, num_sequences: int, length: int, activation_memory_bytes: int) -> Phase:
+    """The phase of the run that needs most; its terms are in use at once."""
+    drawing = 4 * model.num_parameters  # only done where it fits the activations' limit
+    phases = {
+        **_layer_phases(model, num_sequences, length, activation_memory_bytes),
+        "drawing calibration text": {
+            "the whole model, fp32": drawing if drawing <= activation_memory_bytes else 0
+        },
+        "writing the checkpoint": {
+            "one shard": min(model.checkpoint_bytes(), MAX_SHARD_BYTES),
+            "one finished layer": model.largest_packed_layer(),
+        },
+    }
+    name = max(phases, key=lambda phase: sum(phases[phase].values()))
+    terms = {"Python, torch and transformers": PROCESS_BYTES, **phases[name]}
+    return Phase(
+        name=name, terms=tuple(Term(label=label, num_bytes=size) for label, size in terms.items())
+    )
+
+
+def _layer_phases(
+    model: _Model, num_sequences: int, length: int, limit_bytes: int
+) -> dict[str, dict[str, int]]:
+    """Around the widest Hessian of the largest layer: while it is added up, and while it is used.
+
+    A pass that is paused before the widest matrix holds less than one paused inside attention.
+    """
+    groups = model.groups()
+    columns = max((group[0].in_features for group in groups), default=0)
+    rows = max((linear.out_features for group in groups for linear in group), default=0)
+    weights = max((sum(linear.num_weights for linear in group) for group in groups), default=0)
+    hidden, state = int(model.config.hidden_size), 4 * length
+    in_attention = PAUSED_STATES * hidden
+    paused = 2 * hidden + columns if columns > hidden else in_attention
+    keeps_paused = num_sequences * state * max(paused, in_attention) <= limit_bytes
+    common = {
+        "the decoder layer, fp32": 4 * model.largest_layer(),
+        "its packed weights": model.largest_packed_layer(),
+        "activations between layers": min(num_sequences * state * hidden, limit_bytes),
+        "activations in the layer": num_sequences * state * paused if keeps_paused else 0,
+    }
+    batch = min(num_sequences, BATCH_SIZE) * state * PASS_WIDTH * max(hidden, columns)
+    at_once = ROW_BYTES * columns * min(rows, ROWS_AT_ONCE) + CODE_BYTES * weights
+    return {
+        "adding up a Hessian": {
+            **common,
+            "the Hessian": SUM_BYTES * columns**2,
+            "one batch of a forward pass": batch,
+        },
+        "solving": {
+            **common,
+            "the Hessian and its factor": FACTOR_BYTES * columns**2,
+            "codes being found and packed": at_once,
+        },
+    }
+
+
+# Time
+
+
+def measure_rates() -> Rates:
+    """How fast this machine is, in about a second."""
+    few, many = 256, SOLVER_ROWS
+    small, large = _solver_seconds(few), _solver_seconds(many)
+    per_weight = max(large - small, 0.0) / (PROBE_COLUMNS * (many - few))
+    return Rates(
+        matmul=_matmul_rate(torch.float32),
+        matmul64=_matmul_rate(torch.float64),
+        copy=_copy_rate(),
+        solver_column=max(small / PROBE_COLUMNS - few * per_weight, 0.0),
+        solver_weight=per_weight,
+    )
+
+
+def _time(
+    model: _Model, num_sequences: int, length: int, rates: Rates
+) -> tuple[tuple[str, float], ...]:
+    tokens = num_sequences * length
+    groups = model.groups()
+    attention = 2 * tokens * length * int(model.config.hidden_size) * model.num_layers
+    inside = [linear for linear in model.linears if linear.layer is not None]
+    passes = sum(2 * tokens * linear.share * linear.num_weights for linear in inside)
+    squares = sum(group[0].share * group[0].in_features ** 2 for group in groups)
+    factors = sum(FACTOR_OPERATIONS * group[0].in_features ** 3 for group in groups)
+    solving = sum(_solving_seconds(group, rates) for group in groups)
+    return (
+        ("reading weights", 2 * model.num_parameters / rates.copy),
+        ("forward passes", (passes + attention) / rates.matmul),
+        ("Hessians", HESSIAN_OPERATIONS * tokens * squares / rates.matmul),
+        ("factors", factors / rates.matmul64),
+        ("solving", solving),
+    )
+
+
+def _solving_seconds(group: Sequence[Linear], rates: Rates) -> float:
+    columns = group[0].in_features
+    weights = sum(linear.num_weights for linear in group)
+    slices = sum(-(-linear.out_features // SOLVER_ROWS) for linear in group)
+    operations = SOLVER_OPERATIONS + SWEEP_OPERATIONS * SolverConfig().descent_sweeps
+    products = operations * weights * columns / rates.matmul
+    return slices * columns * rates.solver_column + weights * rates.solver_weight + products
+
+
+def _solver_seconds(rows: int) -> float:
+    """Of a layer with PROBE_COLUMNS inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, PROBE_COLUMNS, generator=generator)
+    inputs = torch.randn(4 * PROBE_COLUMNS, PROBE_COLUMNS, generator=generator)
+    hessian = inputs.t() @ inputs
+    return _seconds(lambda: solve([weight], hessian.clone(), [ModuleConfig()]))
+
+
+def _matmul_rate(dtype: torch.dtype) -> float:
+    matrix = torch.ones(768, 768, dtype=dtype)
+    return 2 * 768**3 / _seconds(lambda: matrix @ matrix)
+
+
+def _copy_rate() -> float:
+    block = torch.ones(1 << 23)
+    return block.nbytes / _seconds(block.clone)
+
+
+def _seconds(work: Callable[[], Any], enough: float = 0.05) -> float:
+    """Of one call: the fastest of as many as take `enough` seconds, after one to warm up."""
+    work()
+    fastest, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < enough:
+        begun = time.perf_counter()
+        work()
+        fastest = min(fastest, time.perf_counter() - begun)
+    return fastest
+
+
+# A GPU
+
+
+def _gpu_name(name: str) -> str:
+    """The table's name for a GPU; the size may be left out where there is only one."""
+    wanted = re.sub(r"[\s_-]|GB$", "", name.upper())
+    plain = {known.replace("-", ""): known for known in GPU_MEMORY_MIB}
+    found = [known for key, known in plain.items() if wanted and key.startswith(wanted)]
+    if wanted in plain:
+        return plain[wanted]
+    if len(found) != 1:
+        raise QuantError(f"gpu is {name!r}; known are {', '.join(found or GPU_MEMORY_MIB)}")
+    return found[0]
+
+
+def _gpu_fit(name: str, model: _Model, num_bytes: int, kv_tokens: int) -> GpuFit:
+    memory = GPU_MEMORY_MIB[name] << 20
+    usable = int(USABLE_GPU_FRACTION * memory)
+    per_token = _kv_bytes_per_token(model)
+    room = max(usable - num_bytes, 0)
+    return GpuFit(
+        name=name,
+        memory_bytes=memory,
+        usable_bytes=usable,
+        kv_tokens=kv_tokens,
+        kv_bytes=kv_tokens * per_token,
+        needed_bytes=num_bytes + kv_tokens * per_token,
+        max_kv_tokens=room // per_token if per_token else None,
+    )
+
+
+def _kv_bytes_per_token(model: _Model) -> int:
+    """Keys and values of every layer at two bytes a number; nothing for an encoder."""
+    if not model.skeleton.is_causal:
+        return 0
+    config = model.config
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 2 * 2 * model.num_layers * kv_heads * head_dim
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise QuantError(f"{name} is {value}; it must be at least 1")
