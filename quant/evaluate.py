@@ -7,86 +7,123 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
 
 from ..kernels.packing import DenseWeight, dequantize
 from .checkpoint import CheckpointReader
+from .skeleton import Skeleton, is_causal
 from .source import Source, build_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Means over every predicted position of the evaluation text."""
+    """Means over every predicted position of the evaluation text: all but the first of a sequence
+    for a causal model, every single one for a masked one."""
 
     num_tokens: int
-    reference_perplexity: float
-    perplexity: float
+    reference_perplexity: float | None  # None for a masked language model: it has none
+    perplexity: float | None
     kl_divergence: float  # nats, KL(reference || candidate)
+    kl_divergence_p99: float  # its 99 % quantile: how far the worst positions are off
     top1_agreement: float  # 0 to 1, positions where both prefer the same token
 
 
-def load_reference(source: Source) -> LlamaForCausalLM:
+def load_reference(source: Source) -> PreTrainedModel:
     """The 16-bit model, computing in fp32."""
-    return build_model(source.config, {n: t.float() for n, t in source.tensors.items()})
+    return build_model(source, torch.float32)
 
 
-def load_dequantized(folder: Path) -> LlamaForCausalLM:
+def load_dequantized(folder: Path) -> PreTrainedModel:
     """A packed checkpoint as a transformers model in fp32, every weight dequantized exactly.
 
-    Raises CheckpointError for a damaged checkpoint or one with tensors left over.
+    Raises CheckpointError for a damaged checkpoint or one with tensors left over, SourceError for
+    a family that is not supported.
     """
     reader = CheckpointReader(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        skeleton = LlamaForCausalLM(config)
-    tensors: dict[str, Tensor] = {}
-    for prefix, module in skeleton.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            if prefix == "lm_head" and config.tie_word_embeddings:
-                continue
-            linear = reader.take_linear(prefix, module.in_features, module.out_features)
-            tensors[f"{prefix}.weight"] = (
-                linear.weight if isinstance(linear, DenseWeight) else dequantize(linear)
-            )
-            if linear.bias is not None:
-                tensors[f"{prefix}.bias"] = linear.bias
-            continue
-        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            tensors[name] = reader.take(name, shape=tuple(parameter.shape))
+    skeleton = Skeleton(config)
+    stored = _stored_names(skeleton, reader.names())
+    for name in skeleton.shapes:
+        if name not in skeleton.tied:
+            _fill(skeleton, name, stored.get(name) or skeleton.checkpoint_name(name), reader)
+        elif (copy := stored.get(name)) is not None and copy in reader:
+            reader.take(copy)  # written next to the tensor it is tied to
     reader.check_all_consumed()
-    return build_model(config, {name: tensor.float() for name, tensor in tensors.items()})
+    model: PreTrainedModel = skeleton.model
+    return model
+
+
+def _stored_names(skeleton: Skeleton, names: list[str]) -> dict[str, str]:
+    """Tensor of the model -> its name in this checkpoint; `X.weight` where X is packed."""
+    found: dict[str, str] = {}
+    for name in names:
+        weight = f"{name.rpartition('.')[0]}.weight"
+        for stored in (name, weight):
+            place = skeleton.locate(stored)
+            if place is not None:
+                found.setdefault(place, stored)
+                break
+    return found
+
+
+def _fill(skeleton: Skeleton, name: str, stored: str, reader: CheckpointReader) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = skeleton.model.get_submodule(path)
+    if not isinstance(module, nn.Linear) or (skeleton.is_transposed(name) and stored in reader):
+        skeleton.fill(name, reader.take(stored, shape=skeleton.shapes[name]).float())
+    elif leaf == "bias":
+        if module.bias.is_meta:  # or it came with the weight
+            skeleton.fill(name, reader.take(stored, shape=skeleton.shapes[name]).float())
+    else:
+        prefix = stored.removesuffix(".weight")
+        linear = reader.take_linear(prefix, module.in_features, module.out_features)
+        dense = linear.weight if isinstance(linear, DenseWeight) else dequantize(linear)
+        skeleton.fill(name, (dense.t() if skeleton.is_transposed(name) else dense).float())
+        if linear.bias is not None:  # some write one of zeros where the model has none
+            skeleton.fill(f"{path}.bias", linear.bias.float())
 
 
 @torch.inference_mode()
-def compare(
-    reference: LlamaForCausalLM, candidate: LlamaForCausalLM, batches: Tensor
-) -> Comparison:
+def compare(reference: PreTrainedModel, candidate: PreTrainedModel, batches: Tensor) -> Comparison:
     """Run both models over `batches` [S, L] int64, one sequence at a time."""
-    loss_reference = loss_candidate = divergence = 0.0
-    agreed = predicted = 0
+    causal = is_causal(reference.config)
+    reference_loss = loss = 0.0
+    divergences: list[Tensor] = []
+    agreed = 0
     for ids in batches:
-        targets = ids[1:, None]
-        expected = torch.log_softmax(reference(ids[None]).logits[0, :-1].float(), dim=-1)
-        found = torch.log_softmax(candidate(ids[None]).logits[0, :-1].float(), dim=-1)
-        loss_reference -= float(expected.gather(1, targets).sum())
-        loss_candidate -= float(found.gather(1, targets).sum())
-        divergence += float((expected.exp() * (expected - found)).sum())
+        expected, found = _log_probabilities(reference, ids), _log_probabilities(candidate, ids)
+        if causal:
+            expected, found = expected[:-1], found[:-1]
+            reference_loss += _loss(expected, ids[1:])
+            loss += _loss(found, ids[1:])
+        divergences.append((expected.exp() * (expected - found)).sum(dim=-1, dtype=torch.float64))
         agreed += int((expected.argmax(dim=-1) == found.argmax(dim=-1)).sum())
-        predicted += len(targets)
+    divergence = torch.cat(divergences)
+    count = len(divergence)
     return Comparison(
-        num_tokens=predicted,
-        reference_perplexity=math.exp(loss_reference / predicted),
-        perplexity=math.exp(loss_candidate / predicted),
-        kl_divergence=divergence / predicted,
-        top1_agreement=agreed / predicted,
+        num_tokens=count,
+        reference_perplexity=math.exp(reference_loss / count) if causal else None,
+        perplexity=math.exp(loss / count) if causal else None,
+        kl_divergence=float(divergence.mean()),
+        kl_divergence_p99=float(divergence.quantile(0.99)),
+        top1_agreement=agreed / count,
     )
 
 
+def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """[L] int64 -> [L, vocabulary]."""
+    return torch.log_softmax(model(ids[None]).logits[0].float(), dim=-1)
+
+
+def _loss(log_probabilities: Tensor, targets: Tensor) -> float:
+    return -float(log_probabilities.gather(1, targets[:, None]).sum())
+
+
 @torch.inference_mode()
-def perplexity(model: LlamaForCausalLM, batches: Tensor) -> float:
+def perplexity(model: PreTrainedModel, batches: Tensor) -> float:
     """exp of the mean negative log likelihood over `batches` [S, L] int64."""
     loss, predicted = 0.0, 0
     for ids in batches:
