@@ -122,7 +122,7 @@ def stop(process: subprocess.Popen[str]) -> int:
 
 
 def summarize(answer: Answer, peak_bytes: int) -> None:
-    report = json.loads((CHECKPOINT / "quantize_report.json").read_text())
+    report = json.loads((CHECKPOINT / "quantization_report.json").read_text())
     rows = {
         "16-bit model": f"{report['num_bytes_16bit'] / 1e6:.1f} MB",
         "packed checkpoint": f"{report['num_bytes_packed'] / 1e6:.1f} MB",

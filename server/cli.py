@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 import time
 from importlib.metadata import version
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
-REPORT_FILE = "quantize_report.json"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lowbit {version('lowbit')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_quantize(commands)
+    _add_plan(commands)
+    _add_eval(commands)
+    _add_convert(commands)
     _add_serve(commands)
     _add_generate(commands)
     _add_chat(commands)
@@ -70,13 +73,10 @@ Commands = Any  # argparse keeps the type of add_subparsers' result private
 
 
 def _add_quantize(commands: Commands) -> None:
-    parser = commands.add_parser("quantize", help="turn a 16-bit model into a 4-bit checkpoint")
+    parser = commands.add_parser("quantize", help="turn a 16-bit model into a packed checkpoint")
     parser.add_argument("source", help="a Hugging Face folder, a hub id, or a .gguf file")
     parser.add_argument("out", type=Path, help="the folder to create")
-    parser.add_argument("--bits", type=int, default=4, help="of a weight's code")
-    parser.add_argument(
-        "--group-size", type=int, default=64, help="weights that share a scale; -1 is a whole row"
-    )
+    _add_layout_options(parser)
     parser.add_argument(
         "--damp-percent",
         type=float,
@@ -87,7 +87,8 @@ def _add_quantize(commands: Commands) -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="UTF-8 text like that which the model will see; a built-in text if absent",
+        help="text like that which the model will see: UTF-8, or .jsonl with one "
+        '{"text": ...} or {"messages": [...]} a line; a built-in text if absent',
     )
     options: dict[str, Any] = {"type": int, "default": argparse.SUPPRESS}
     parser.add_argument(
@@ -95,29 +96,240 @@ def _add_quantize(commands: Commands) -> None:
     )
     parser.add_argument("--sequence-length", help="tokens of a window (default: 512)", **options)
     parser.add_argument("--seed", help="of the choice of windows (default: 0)", **options)
+    parser.add_argument(
+        "--activation-memory",
+        dest="activation_memory_bytes",
+        metavar="BYTES",
+        help="for calibration activations; more are read back from disk (default: 2 GiB)",
+        **options,
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="discard what an unfinished run left"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what the run would cost and give, and stop"
+    )
+    parser.add_argument(
+        "--eval", action="store_true", help="compare the result with the 16-bit model"
+    )
     parser.set_defaults(run=_quantize)
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    from ..quant.config import QuantConfig
+    if arguments.dry_run:
+        arguments.gpu, arguments.kv_tokens = None, 0
+        return _plan(arguments)
+    from ..quant.errors import PeerError
     from ..quant.pipeline import quantize
+    from ..quant.units import format_bytes
 
-    config = QuantConfig(
-        bits=arguments.bits, group_size=arguments.group_size, damp_percent=arguments.damp_percent
+    config = dataclasses.replace(_quant_config(arguments), damp_percent=arguments.damp_percent)
+    settings = _given(
+        arguments, ("num_sequences", "sequence_length", "seed", "activation_memory_bytes")
     )
-    report = quantize(
-        arguments.source,
-        arguments.out,
-        config,
-        calibration_file=arguments.calibration,
-        **_given(arguments, ("num_sequences", "sequence_length", "seed")),
-    )
-    (arguments.out / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=2))
-    worst = max(report.modules, key=lambda module: module.relative_error)
+    try:
+        report = quantize(
+            arguments.source,
+            arguments.out,
+            config,
+            calibration_file=arguments.calibration,
+            restart=arguments.restart,
+            **settings,
+        )
+    except PeerError as error:
+        logger.debug("%s", error)  # that process says why
+        return EXIT_FAILURE
+    if int(os.environ.get("RANK", "0")):
+        return 0
+    worst = max(report.modules, key=lambda module: module.relative_error, default=None)
     print(
-        f"wrote {arguments.out}: {report.num_bytes_16bit / 1e6:.1f} MB at 16 bits, "
-        f"{report.num_bytes_packed / 1e6:.1f} MB packed, {report.seconds:.0f} s; "
-        f"largest output error {worst.relative_error:.2%} at {worst.name}"
+        f"wrote {arguments.out}: {format_bytes(report.num_bytes_16bit)} at 16 bits, "
+        f"{format_bytes(report.num_bytes_packed)} packed, {report.bits_per_weight:.2f} bits per "
+        f"weight, {report.seconds:.0f} s"
+        + (f"; largest output error {worst.relative_error:.2%} at {worst.name}" if worst else "")
+    )
+    if arguments.eval:
+        _print_quality(arguments.source, arguments.out)
+    return 0
+
+
+def _print_quality(source: str, out: Path) -> None:
+    from ..quant.quality import evaluate_checkpoint
+
+    quality = evaluate_checkpoint(source, out)
+    found = quality.comparison
+    print(
+        f"on {found.num_tokens} tokens of {quality.text}: KL divergence {found.kl_divergence:.4f}, "
+        f"the same first choice {found.top1_agreement:.2%}"
+    )
+
+
+# plan
+
+
+def _add_plan(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "plan", help="what quantizing would cost and give; reads no weights"
+    )
+    parser.add_argument(
+        "source", help="a Hugging Face folder, its config.json alone, a hub id, or a .gguf file"
+    )
+    _add_layout_options(parser)
+    options: dict[str, Any] = {"type": int, "default": argparse.SUPPRESS}
+    parser.add_argument("--num-sequences", help="windows of calibration text", **options)
+    parser.add_argument("--sequence-length", help="tokens of a window", **options)
+    parser.add_argument(
+        "--activation-memory",
+        dest="activation_memory_bytes",
+        metavar="BYTES",
+        help="for calibration activations",
+        **options,
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="say whether the result fits: A100-80, L4, …")
+    parser.add_argument(
+        "--kv-tokens", type=int, default=2048, help="of KV cache that must fit the GPU, too"
+    )
+    parser.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from ..quant.plan import describe, plan_run
+
+    plan = plan_run(
+        arguments.source,
+        _quant_config(arguments),
+        gpu=arguments.gpu,
+        kv_tokens=arguments.kv_tokens,
+        **_given(arguments, ("num_sequences", "sequence_length", "activation_memory_bytes")),
+    )
+    print(describe(plan))
+    return 0
+
+
+def _add_layout_options(parser: argparse.ArgumentParser) -> None:
+    """What the quantized layers of a checkpoint look like."""
+    parser.add_argument("--bits", type=int, default=4, help="of a weight's code")
+    parser.add_argument(
+        "--group-size", type=int, default=64, help="weights that share a scale; -1 is a whole row"
+    )
+    grid = parser.add_mutually_exclusive_group()
+    grid.add_argument("--sym", action="store_true", default=True, help="grids around zero")
+    grid.add_argument(
+        "--asym", dest="sym", action="store_false", help="a zero point for every group instead"
+    )
+    parser.add_argument("--lm-head-bits", type=int, help="quantize the output head, too")
+    parser.add_argument(
+        "--dynamic",
+        action="append",
+        metavar="REGEX=bits=8,group_size=32",
+        help="for modules of these names; --dynamic=-:REGEX leaves them at 16 bits; repeatable",
+    )
+    parser.add_argument(
+        "--format", help="gptq, gptq_v2 or compressed-tensors; gptq, or gptq_v2 with --asym"
+    )
+
+
+def _quant_config(arguments: argparse.Namespace) -> Any:
+    from ..quant.config import QuantConfig
+
+    dynamic = dict(_dynamic(text) for text in arguments.dynamic or ())
+    if arguments.lm_head_bits is not None:
+        dynamic = {"+:^lm_head$": {"bits": arguments.lm_head_bits}, **dynamic}
+    return QuantConfig(
+        bits=arguments.bits,
+        group_size=arguments.group_size,
+        sym=arguments.sym,
+        lm_head=arguments.lm_head_bits is not None,
+        checkpoint_format=arguments.format or ("gptq" if arguments.sym else "gptq_v2"),
+        dynamic=dynamic,
+    )
+
+
+def _dynamic(text: str) -> tuple[str, dict[str, Any]]:
+    """ "REGEX=bits=8,group_size=32" or "-:REGEX" as QuantConfig has it. Raises ValueError."""
+    if text.startswith("-:"):
+        return text, {}
+    found = re.fullmatch(r"(.+?)=((?:\w+=[^=,]+,)*\w+=[^=,]+)", text)
+    if found is None:
+        raise ValueError(f"dynamic is {text!r}; it must be REGEX=bits=8,group_size=32 or -:REGEX")
+    changes = dict(change.split("=") for change in found[2].split(","))
+    try:
+        return found[1], {key: json.loads(value) for key, value in changes.items()}
+    except ValueError:
+        raise ValueError(
+            f"dynamic is {text!r}; its values must be numbers, true or false"
+        ) from None
+
+
+# eval
+
+
+def _add_eval(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "eval", help="compare quantized checkpoints with their 16-bit model"
+    )
+    parser.add_argument("reference", help="the 16-bit model: a folder, a hub id, or a .gguf file")
+    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="checkpoint")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="text or .jsonl to compare on; a built-in text that calibration leaves out if absent",
+    )
+    options: dict[str, Any] = {"type": int, "default": argparse.SUPPRESS}
+    parser.add_argument("--num-sequences", help="windows of that text (default: 32)", **options)
+    parser.add_argument("--sequence-length", help="tokens of a window (default: 512)", **options)
+    parser.add_argument("--seed", help="of the choice of windows (default: 0)", **options)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with tables and plots there"
+    )
+    parser.set_defaults(run=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from ..quant.quality import evaluate
+    from ..quant.report import format_heading, format_row, write_evaluations
+
+    evaluations: list[Any] = []
+    for evaluation in evaluate(
+        arguments.reference,
+        arguments.checkpoints,
+        text_file=arguments.text,
+        **_given(arguments, ("num_sequences", "sequence_length", "seed")),
+    ):
+        if not evaluations:
+            print(format_heading(evaluation))
+        print(format_row(evaluation), flush=True)
+        evaluations.append(evaluation)
+    write_evaluations(evaluations, arguments.json, arguments.html)
+    return 0
+
+
+# convert
+
+
+def _add_convert(commands: Commands) -> None:
+    parser = commands.add_parser("convert", help="write a packed checkpoint in another format")
+    parser.add_argument("checkpoint", type=Path, help="GPTQ, AWQ or compressed-tensors")
+    parser.add_argument("out", type=Path, help="the folder to create")
+    parser.add_argument(
+        "--format",
+        required=True,
+        metavar="FORMAT",
+        help="gptq (symmetric), gptq_v2 (also asymmetric) or compressed-tensors",
+    )
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from ..quant.convert import convert
+
+    done = convert(arguments.checkpoint, arguments.out, arguments.format)
+    print(
+        f"wrote {arguments.out}: {done.num_packed} layers from {done.read_format} to "
+        f"{done.written_format}, {done.num_other} tensors as they were, "
+        f"{done.num_bytes / 1e6:.1f} MB"
     )
     return 0
 
