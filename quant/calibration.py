@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from codecs import getincrementaldecoder
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import trange
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CalibrationError
 from .skeleton import is_causal
@@ -42,7 +43,8 @@ def read_documents(path: Path) -> list[str | Messages]:
     text = _read_text(path)
     if path.suffix != JSON_LINES:
         return [text]
-    lines = [(i, line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    # Not splitlines: JSON may hold other line breaks of Unicode as they are.
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
     return [_read_line(f"{path}: line {i}", line) for i, line in lines]
 
 
@@ -99,6 +101,7 @@ def calibration_batches(
     check_vocabulary(source, windows)
     if not num_drawn:
         return windows
+    check_vocabulary(source, torch.tensor(opening))
     drawn = sample_batches(
         build_model(source, torch.float32),
         opening,
@@ -177,14 +180,11 @@ def sample_batches(
     num_texts = max(num_sequences, SAMPLED_AT_ONCE)  # none longer than a window
     length = -(-num_tokens // num_texts)
     texts = torch.tensor(opening).expand(num_texts, -1)
-    step, cache = texts, None
+    step, cache = texts, DynamicCache(config=model.config)
     for _ in trange(len(opening), length, desc="sampling", unit="token", disable=not progress):
-        output = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(step, cache=cache, use_cache=True, logits_to_keep=1)
         probabilities = torch.softmax(output.logits[:, -1].float(), dim=-1)
-        step, cache = (
-            torch.multinomial(probabilities, 1, generator=generator),
-            output.past_key_values,
-        )
+        step = torch.multinomial(probabilities, 1, generator=generator)
         texts = torch.cat([texts, step], dim=1)
     return texts[:, :length].flatten()[:num_tokens].view(num_sequences, sequence_length)
 
@@ -196,12 +196,13 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from None
     cut = content[:MAX_TEXT_BYTES]
-    if len(content) > len(cut) and path.suffix == JSON_LINES:
-        cut = cut[: cut.rfind(b"\n") + 1]
+    decoder = getincrementaldecoder("utf-8")()  # forgives a last character that was cut
     try:
-        text = cut.decode("utf-8", errors="strict" if cut == content else "ignore")
+        text = decoder.decode(cut, final=cut == content)
     except UnicodeDecodeError:
         raise CalibrationError(f"{path}: not UTF-8 text") from None
+    if cut != content and path.suffix == JSON_LINES:
+        text = text[: text.rfind("\n") + 1]
     if not text.strip():
         raise CalibrationError(f"{path}: holds no text")
     return text
@@ -242,8 +243,8 @@ def _can_draw(source: Source, max_model_bytes: int) -> bool:
     return is_causal(source.config) and 4 * num_parameters <= max_model_bytes
 
 
-def check_vocabulary(source: Source, batches: Tensor) -> None:
-    largest, size = int(batches.max()), source.config.vocab_size
+def check_vocabulary(source: Source, ids: Tensor) -> None:
+    largest, size = int(ids.max()), source.config.vocab_size
     if largest >= size:
         raise CalibrationError(
             f"{source.name}: its tokenizer makes token {largest}; "

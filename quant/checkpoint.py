@@ -47,7 +47,7 @@ QUANT_CONFIG_FILE = "quantize_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 1 << 30  # what a writer holds at a time
-_DIGEST_ROWS = 4096
+_DIGEST_WEIGHTS = 1 << 24  # of a packed layer that are dequantized together
 
 
 class CheckpointReader:
@@ -228,9 +228,10 @@ def check_output(folder: Path) -> None:
 class CheckpointWriter:
     """A checkpoint written piece by piece: `with CheckpointWriter(...) as writer: writer.add(...)`.
 
-    Everything goes to a hidden sibling folder first; a shard is written as soon as it is full, so
-    no more than one is ever held. Leaving the block flushes the files to the disk and gives the
-    folder its name in one rename; leaving it through an exception removes what was written.
+    Everything goes to the folder `partial`, or a hidden sibling, first; a shard is written as soon
+    as it is full, so no more than one is ever held. Leaving the block flushes the files to the disk
+    and gives the folder its name in one rename; leaving it through an exception removes what was
+    written.
     Raises CheckpointError when `folder` is not free or the disk refuses.
     """
 
@@ -241,9 +242,11 @@ class CheckpointWriter:
         quant_config: QuantConfig,
         *,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        partial: Path | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()
-        self._partial = self.folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+        hidden = f".{folder.name}.partial-{secrets.token_hex(4)}"
+        self._partial = partial or self.folder.parent / hidden
         quant_config.to_dict()  # a format that is never written is refused now
         self._config, self._quant_config = config, quant_config
         self._max_shard_bytes = max_shard_bytes
@@ -376,7 +379,8 @@ def digest(value: PackedWeight | Tensor) -> str:
     found = hashlib.sha256()
     if isinstance(value, PackedWeight):
         found.update(f"packed {value.out_features} {value.in_features}".encode())
-        for outputs in torch.arange(value.out_features).split(_DIGEST_ROWS):
+        num_rows = max(1, _DIGEST_WEIGHTS // value.in_features)
+        for outputs in torch.arange(value.out_features).split(num_rows):
             # 0 * a negative scale is -0; adding 0 makes it the 0 that it is elsewhere.
             _update(found, dequantize(select_outputs(value, outputs)) + 0.0)
         value = torch.empty(0) if value.bias is None else value.bias.to(torch.float32)

@@ -35,7 +35,7 @@ _SOLVER_KEYS = (
     "true_sequential",
 )
 # The input embedding's name in the families of transformers: compressed-tensors targets its class.
-_EMBEDDING_NAMES = r".*(?:embed_tokens|embed_in|wte|word_embeddings)$"
+EMBEDDING_NAMES = r".*(?:embed_tokens|embed_in|wte|word_embeddings)$"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,10 @@ class QuantConfig:
         if name.endswith("lm_head") and not self.lm_head:
             return None
         return base
+
+    def has_rule(self, name: str) -> bool:
+        """Whether `dynamic` says anything of the module of that full name."""
+        return any(re.match(_expression(pattern), name) for pattern in self.dynamic)
 
     def for_embedding(self, name: str) -> ModuleConfig | None:
         """The same for an input embedding: None unless `embeddings` is set."""
@@ -288,14 +292,15 @@ def _target_rules(
     }
     # A module's own name comes before an expression, that before its class.
     for target in sorted(schemes, key=lambda target: target.startswith("re:")):
-        if target != "Linear" and not (is_embedding(target) and schemes[target] == base):
+        is_base = target == "Linear" or (is_embedding(target) and schemes[target] == base)
+        if not (is_base and "Linear" in schemes):
             rules[f"+:{_target_pattern(target)}"] = asdict(schemes[target])
     return rules if "Linear" in schemes else {**rules, "-:": {}}
 
 
 def is_embedding(target: str) -> bool:
     """Whether a module's name, or compressed-tensors' target, is that of an input embedding."""
-    return target == "Embedding" or re.fullmatch(_EMBEDDING_NAMES, target) is not None
+    return target == "Embedding" or re.fullmatch(EMBEDDING_NAMES, target) is not None
 
 
 def _refuse_other_compression(d: Mapping[str, Any]) -> None:
@@ -354,7 +359,7 @@ def _weight_scheme(name: str, group: Mapping[str, Any]) -> ModuleConfig:
 
 def _target_pattern(target: str) -> str:
     if target == "Embedding":
-        return _EMBEDDING_NAMES
+        return EMBEDDING_NAMES
     return target.removeprefix("re:") if target.startswith("re:") else _literal(target)
 
 

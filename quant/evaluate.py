@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..kernels.packing import DenseWeight, dequantize
+from ..kernels.packing import DenseWeight, PackedEmbedding, dequantize
 from .checkpoint import CheckpointReader
 from .skeleton import Skeleton, is_causal
 from .source import Source, build_model
+
+TABLE_ROWS = 4096  # of a packed embedding that are unpacked together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,9 @@ def _stored_names(skeleton: Skeleton, names: list[str]) -> dict[str, str]:
 def _fill(skeleton: Skeleton, name: str, stored: str, reader: CheckpointReader) -> None:
     path, _, leaf = name.rpartition(".")
     module = skeleton.model.get_submodule(path)
-    if not isinstance(module, nn.Linear) or (skeleton.is_transposed(name) and stored in reader):
+    if isinstance(module, nn.Embedding):
+        skeleton.fill(name, _take_table(reader, stored, skeleton.shapes[name]))
+    elif not isinstance(module, nn.Linear) or (skeleton.is_transposed(name) and stored in reader):
         skeleton.fill(name, reader.take(stored, shape=skeleton.shapes[name]).float())
     elif leaf == "bias":
         if module.bias.is_meta:  # or it came with the weight
@@ -84,6 +88,14 @@ def _fill(skeleton: Skeleton, name: str, stored: str, reader: CheckpointReader) 
         skeleton.fill(name, (dense.t() if skeleton.is_transposed(name) else dense).float())
         if linear.bias is not None:  # some write one of zeros where the model has none
             skeleton.fill(f"{path}.bias", linear.bias.float())
+
+
+def _take_table(reader: CheckpointReader, stored: str, shape: tuple[int, ...]) -> Tensor:
+    """An embedding's table in fp32, packed or not; unpacked some rows at a time."""
+    table = reader.take_embedding(stored.removesuffix(".weight"), *shape)
+    if not isinstance(table, PackedEmbedding):
+        return table.float()
+    return torch.cat([table.rows(ids) for ids in torch.arange(shape[0]).split(TABLE_ROWS)])
 
 
 @torch.inference_mode()

@@ -80,13 +80,19 @@ def check_format(config: QuantConfig, name: str, in_features: int, out_features:
     GPTQModel writes and reads it (with 3 bits GPTQModel takes whole periods of 32 codes only).
     """
     module = config.for_module(name)
-    if module is None:
-        return
-    if config.checkpoint_format == "awq":
+    if module is not None:
+        check_layer(config.checkpoint_format, name, module, in_features, out_features)
+
+
+def check_layer(
+    checkpoint_format: str, name: str, module: ModuleConfig, in_features: int, out_features: int
+) -> None:
+    """`check_format` for a layer that is quantized as `module` says."""
+    if checkpoint_format == "awq":
         raise CheckpointError(f"{name}: AWQ checkpoints are read, never written")
-    if config.checkpoint_format == "gptq" and not module.sym:
+    if checkpoint_format == "gptq" and not module.sym:
         raise CheckpointError(f"{name}: asymmetric codes need checkpoint_format 'gptq_v2'")
-    if config.checkpoint_format == "compressed-tensors":
+    if checkpoint_format == "compressed-tensors":
         if module.group_size != -1 and in_features % module.group_size:
             raise CheckpointError(
                 f"{name}: in_features is {in_features}; compressed-tensors needs a multiple of "
@@ -99,6 +105,17 @@ def check_format(config: QuantConfig, name: str, in_features: int, out_features:
                     f"{name}: {what} is {size}; 3-bit GPTQ needs a multiple of {WORD_BITS} "
                     f"(checkpoint_format 'compressed-tensors' does not)"
                 )
+
+
+def weight_bytes(
+    module: ModuleConfig, in_features: int, out_features: int, checkpoint_format: str
+) -> int:
+    """Bytes of a packed layer's codes, scales and zero points."""
+    groups = num_groups(in_features, module.group_size)
+    has_zeros = checkpoint_format != "compressed-tensors" or not module.sym
+    words = packed_rows(in_features, module.bits) * out_features
+    words += has_zeros * packed_rows(out_features, module.bits) * groups
+    return 4 * words + 2 * groups * out_features
 
 
 def linear_tensors(

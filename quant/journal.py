@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,11 @@ from .report import ModuleReport
 LOCK_FILE = "lock"
 FINGERPRINT_FILE = "run.json"
 CALIBRATION_FILE = "calibration.safetensors"
+WIDTHS_FILE = "widths.json"
+DIGESTS_FILE = "digests.json"
+PARTIAL_FOLDER = "checkpoint"
 HEAD = "head"  # the name of the entry for the output head
+EMBEDDING = "embedding"  # and for the input embedding
 
 _PACKED_TENSORS = ("qweight", "scales", "zeros", "bias")
 _PACKED_NUMBERS = ("bits", "group_size", "in_features", "out_features")
@@ -76,7 +80,10 @@ class Journal:
             self._lock = None
 
     def remove(self) -> None:
-        """Delete the folder and what is in it."""
+        """Delete the folder and what is in it; last what tells that its run was finished."""
+        if self.folder.is_dir():
+            self._clear(keep=(LOCK_FILE, FINGERPRINT_FILE, DIGESTS_FILE))
+            (self.folder / DIGESTS_FILE).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def num_finished(self) -> int:
@@ -92,6 +99,9 @@ class Journal:
     def write_head(self, entry: Entry) -> None:
         self._write_entry(HEAD, entry)
 
+    def write_embedding(self, entry: Entry) -> None:
+        self._write_entry(EMBEDDING, entry)
+
     def read_layer(self, index: int) -> Entry:
         return self._read_entry(_layer(index))
 
@@ -99,8 +109,15 @@ class Journal:
         """None: it was not reached."""
         return self._read_entry(HEAD) if self._path(HEAD).is_file() else None
 
+    def read_embedding(self) -> Entry | None:
+        """None: it was not reached."""
+        return self._read_entry(EMBEDDING) if self._path(EMBEDDING).is_file() else None
+
     def entries(self, num_layers: int) -> Iterator[Entry]:
-        """Those of all layers, then the head's if there is one; read one at a time."""
+        """The embedding's if there is one, those of all layers, the head's; read one at a time."""
+        embedding = self.read_embedding()
+        if embedding is not None:
+            yield embedding
         for index in range(num_layers):
             yield self.read_layer(index)
         head = self.read_head()
@@ -118,6 +135,41 @@ class Journal:
         with _reading(path) as file:
             tokens: Tensor = file.get_tensor("tokens")
         return tokens
+
+    @property
+    def partial(self) -> Path:
+        """Where the checkpoint is put together; whatever a killed run left there is gone."""
+        path = self.folder / PARTIAL_FOLDER
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+    def write_digests(self, digests: Mapping[str, str]) -> None:
+        """Name -> digest of what the checkpoint holds; from here on OUT may be there."""
+        self._write_json(DIGESTS_FILE, digests)
+
+    def read_digests(self) -> dict[str, str] | None:
+        """None: the checkpoint was not put together yet."""
+        return self._read_json(DIGESTS_FILE)
+
+    def write_widths(self, widths: Mapping[str, int]) -> None:
+        """Full name of a linear layer -> the bits that were chosen for it."""
+        self._write_json(WIDTHS_FILE, widths)
+
+    def read_widths(self) -> dict[str, int] | None:
+        """None: they were not chosen yet."""
+        return self._read_json(WIDTHS_FILE)
+
+    def _write_json(self, file: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(dict(content), indent=2)
+        with _writing(self.folder):
+            _write_durably(self.folder / file, lambda partial: _write_text(partial, text))
+
+    def _read_json(self, file: str) -> dict[str, Any] | None:
+        path = self.folder / file
+        if not path.is_file():
+            return None
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
 
     def _write_entry(self, name: str, entry: Entry) -> None:
         tensors = {f"plain.{key}": tensor for key, tensor in entry.tensors.items()}
@@ -188,10 +240,12 @@ class Journal:
             content = json.dumps(dict(fingerprint), indent=2)
             _write_durably(path, lambda partial: _write_text(partial, content))
 
-    def _clear(self) -> None:
+    def _clear(self, keep: Collection[str] = (LOCK_FILE,)) -> None:
         for path in self.folder.iterdir():
-            if path.name != LOCK_FILE:
-                path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in keep:
+                path.unlink(missing_ok=True)
 
     def _compare(self, old: dict[str, Any], new: Fingerprint) -> None:
         for key in {**old, **new}:

@@ -13,16 +13,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.packing import PackedEmbedding
 from .errors import SourceError
 from .skeleton import Skeleton, assign
 from .source import Source
 
-HEAD_ROWS = 8192  # of the output head, converted to fp32 at a time
+ROWS_AT_ONCE = 8192  # of a matrix as it is stored, converted to fp32 at a time
 MAX_SHAPES = 2  # whose layer arguments are kept: full batches and a last, smaller one
 PROBE_SHAPE = (1, 4)  # of a batch that is enough to run a layer and see what it does
 
@@ -53,7 +56,7 @@ class LayeredModel:
     num_layers: int
     head_name: str | None  # "lm_head"; None for encoders
     tied_head: bool  # the head's weight is the input embedding
-    embedding_name: str  # "model.embed_tokens"
+    embedding_name: str  # on disk: "model.embed_tokens"
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -62,43 +65,62 @@ class LayeredModel:
         self._layers_name, self._layers = find_layers(self._model)
         self.num_layers = len(self._layers)
         embedding, self._head = self._model.get_input_embeddings(), _find_head(self._model)
-        self.embedding_name = _path_of(self._model, embedding)
+        embedding_path = _path_of(self._model, embedding)
+        self.embedding_name = self._skeleton.checkpoint_name(embedding_path)
         head_name = _path_of(self._model, self._head)
         self.head_name = head_name if self._skeleton.is_causal else None
         self.tied_head = f"{head_name}.weight" in self._skeleton.tied
         self._returns_tuple: bool | None = None
         self._calls: dict[tuple[int, ...], list[Call]] = {}
-        self._fill_resident({f"{self.embedding_name}.weight", f"{head_name}.weight"})
-        _look_up_in_fp32(embedding)
+        self._fill_resident({f"{embedding_path}.weight", f"{head_name}.weight"})
+        self._stand_in: PackedEmbedding | None = None  # for the embedding, during `embed`
+        self._look_up_in_fp32(embedding)
         self._check_calls()
-        self._head.forward = lambda hidden: _project_in_fp32(hidden, self._head)
+        self._head.forward = partial(_project_in_fp32, linear=self._head)
         source.release()  # layers are read through mappings of their own
 
     def layer_name(self, index: int) -> str:
         """The layer's name in the model: "model.layers.3"."""
         return f"{self._layers_name}.{index}"
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """[B, L] int64 -> the hidden states before the first layer, [B, L, C] fp32."""
+    def embed(self, ids: Tensor, table: PackedEmbedding | None = None) -> Tensor:
+        """[B, L] int64 -> the hidden states before the first layer, [B, L, C] fp32.
+
+        Those of a model whose input embedding is `table`, if that is given.
+        """
         found: list[Tensor] = []
 
         def stop(hidden: Tensor, call: Call) -> Tensor:
             found.append(hidden)
             raise _Stop
 
-        self._run(ids, {0: stop})
+        self._stand_in = table
+        try:
+            self._run(ids, {0: stop})
+        finally:
+            self._stand_in = None
         return found[0]
 
-    def load_layer(self, index: int) -> nn.Module:
-        """The layer with its weights, read now, in fp32."""
+    def load_layer(self, index: int, *, as_stored: bool = False) -> nn.Module:
+        """The layer with its weights, read now, in fp32.
+
+        With `as_stored` the matrices of its linear layers stay as they are in the source, mapped
+        from there where the format allows it, and are converted whenever they are used.
+        """
         # Its configuration is shared: nothing writes to it, and the model's is a copy already.
         layer = copy.deepcopy(self._layers[index], {id(self._model.config): self._model.config})
         prefix = f"{self.layer_name(index)}."
+        linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
         for name in self._layer_tensors(index):
             stored = self._source.tensor(self._source.places[prefix + name])
-            assign(layer, name, stored.to(torch.float32, copy=True))
-        for linear in (m for m in layer.modules() if isinstance(m, nn.Linear)):
-            linear.weight.data = linear.weight.data.contiguous()  # GPT-2 stores them transposed
+            path, _, leaf = name.rpartition(".")
+            keeps = as_stored and path in linears and leaf == "weight"
+            assign(layer, name, stored if keeps else stored.to(torch.float32, copy=True))
+        for linear in linears.values():
+            if as_stored:
+                linear.forward = partial(_project_in_fp32, linear=linear)  # type: ignore[method-assign]
+            else:
+                linear.weight.data = linear.weight.data.contiguous()  # GPT-2 stores them transposed
         self._source.release()
         if self._returns_tuple is None:  # before anyone's hooks are on it
             self._learn_returns(layer)
@@ -204,6 +226,24 @@ class LayeredModel:
         """Names relative to the layer."""
         prefix = f"{self.layer_name(index)}."
         return [n.removeprefix(prefix) for n in self._source.places if n.startswith(prefix)]
+
+    def _look_up_in_fp32(self, embedding: Any) -> None:
+        """Make the embedding, of any dtype, compute in fp32: it converts the rows it looks up."""
+        embedding.padding_idx = None  # concerns gradients; must be a row of the few looked up
+        stored: Tensor = embedding.weight
+
+        def choose_rows(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            ids, places = args[0].unique(return_inverse=True)
+            table = self._stand_in
+            rows = stored[ids].float() if table is None else table.rows(ids)
+            module.weight = nn.Parameter(rows, requires_grad=False)
+            return (places, *args[1:])
+
+        def restore(module: nn.Module, args: object, output: object) -> None:
+            module.weight = stored
+
+        embedding.register_forward_pre_hook(choose_rows)
+        embedding.register_forward_hook(restore)
 
     def _fill_resident(self, as_stored: set[str]) -> None:
         for name in self._outside_names():
@@ -327,7 +367,11 @@ def _same(left: object, right: object) -> bool:
 
 def _find_stream(output: Tensor, tensors: Sequence[tuple[str | None, Tensor]]) -> str | None:
     """The name of the tensor whose sum with `output` is another one of them."""
-    fitting = [(name, tensor) for name, tensor in tensors if tensor.shape == output.shape]
+    fitting = [
+        (name, tensor.reshape(output.shape))  # some families flatten tokens on their way
+        for name, tensor in tensors
+        if tensor.numel() == output.numel() and tensor.shape[-1] == output.shape[-1]
+    ]
     for i, (name, before) in enumerate(fitting):
         total = before + output
         if bool(before.any()) and any(torch.equal(total, after) for _, after in fitting[i + 1 :]):
@@ -352,25 +396,8 @@ def is_router(name: str) -> bool:
     return leaf in ("gate", "router") or leaf.endswith("_gate")
 
 
-def _look_up_in_fp32(embedding: Any) -> None:
-    """Make an embedding of any dtype compute in fp32, converting the rows it looks up alone."""
-    embedding.padding_idx = None  # concerns gradients; must be a row of the few looked up
-    stored: Tensor = embedding.weight
-
-    def choose_rows(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        rows, ids = args[0].unique(return_inverse=True)
-        module.weight = nn.Parameter(stored[rows].float(), requires_grad=False)
-        return (ids, *args[1:])
-
-    def restore(module: nn.Module, args: object, output: object) -> None:
-        module.weight = stored
-
-    embedding.register_forward_pre_hook(choose_rows)
-    embedding.register_forward_hook(restore)
-
-
-def _project_in_fp32(hidden: Tensor, head: Any) -> Tensor:
+def _project_in_fp32(hidden: Tensor, *, linear: Any) -> Tensor:
     """hidden @ weight.T + bias, with few of the rows of a 16-bit weight converted at a time."""
-    parts = [nn.functional.linear(hidden, rows.float()) for rows in head.weight.split(HEAD_ROWS)]
-    logits = torch.cat(parts, dim=-1)
-    return logits if head.bias is None else logits + head.bias
+    parts = [F.linear(hidden, rows.float()) for rows in linear.weight.split(ROWS_AT_ONCE)]
+    output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return output if linear.bias is None else output + linear.bias

@@ -29,17 +29,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..kernels.packing import PackedEmbedding
 from .activations import ActivationStore
 from .calibration import calibration_batches, read_documents, render
 from .checkpoint import CheckpointWriter, check_output, digest, verify_checkpoint
 from .config import QuantConfig
 from .distributed import Ranks, join_ranks
+from .embedding import check_embedding, packed_embedding, quantize_embedding
 from .errors import QuantError
 from .formats import linear_tensors
 from .gptq import SolverConfig
 from .journal import Entry, Fingerprint, Journal
 from .layers import LayeredModel
 from .report import ModuleReport, QuantizeReport, read_report, write_report
+from .sensitivity import choose, measure, with_widths
 from .source import Source, load_source
 from .stages import Calibration, LayerQuantizer, find_targets, load_layer, to_fp16
 
@@ -48,6 +51,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_NUM_SEQUENCES = 16
 DEFAULT_SEQUENCE_LENGTH = 512
 DEFAULT_ACTIVATION_MEMORY_BYTES = 2 << 30
+MIN_TARGET_BPW, MAX_TARGET_BPW = 2.0, 16.0
 BATCH_SIZE = 8  # sequences in one forward pass
 MAX_SCANNED_BYTES = 1 << 30  # of a source whose every weight is looked at before work starts
 _NOT_WEIGHTS = (".bias", ".g_idx", ".weight_shape")  # what says nothing of a weight's precision
@@ -60,6 +64,7 @@ class Settings:
     source: str  # a Hugging Face folder, a hub id or a .gguf file
     out: Path
     config: QuantConfig
+    target_bpw: float | None  # bits per weight, by choosing the layers' widths
     solver: SolverConfig
     calibration_file: Path | None  # None: the built-in text
     num_sequences: int
@@ -73,6 +78,7 @@ class Settings:
         return {
             **dataclasses.asdict(self.solver),
             **dataclasses.asdict(self.config),
+            "target_bpw": self.target_bpw,
             "calibration": "built-in" if file is None else file.name,
             "num_sequences": self.num_sequences,
             "sequence_length": self.sequence_length,
@@ -86,6 +92,7 @@ def quantize(
     out: Path,
     config: QuantConfig,
     *,
+    target_bpw: float | None = None,
     solver: SolverConfig | None = None,
     calibration_file: Path | None = None,
     num_sequences: int = DEFAULT_NUM_SEQUENCES,
@@ -96,6 +103,9 @@ def quantize(
     progress: bool = True,
 ) -> QuantizeReport:
     """Quantize SOURCE and write a checkpoint, with the report of the run, to the folder `out`.
+
+    With `target_bpw` every group of linear layers that no rule of `config` names gets a width of
+    its own, so that they have that many bits per weight together (see `sensitivity`).
 
     Under `torchrun` every process calls this: they share the calibration batches and the solving,
     and the first one writes. Raises a QuantError in one line: before work starts for an unsupported
@@ -108,6 +118,7 @@ def quantize(
         source=source,
         out=Path(out).absolute(),
         config=config,
+        target_bpw=target_bpw,
         solver=replace(solver or SolverConfig(), damp_percent=config.damp_percent),
         calibration_file=calibration_file,
         num_sequences=num_sequences,
@@ -135,14 +146,16 @@ class _Prepared:
 def _prepare(settings: Settings) -> _Prepared:
     """Refuse what can be refused before work starts, the cheapest first."""
     _check_settings(settings)
-    check_output(settings.out)
+    if Journal(settings.out).read_digests() is None:
+        check_output(settings.out)
     file = settings.calibration_file
     documents = None if file is None else read_documents(file)
     source = load_source(settings.source)
     model = LayeredModel(source)
     if settings.config.lm_head and model.head_name is None:
         raise QuantError("lm_head is true; this model has no output head")
-    find_targets(model, load_layer(model, 0), 0, settings.config)
+    find_targets(model, load_layer(model, 0), 0, settings.config, check=settings.target_bpw is None)
+    check_embedding(settings.config, model.embedding_name, *_table(model).shape)
     _check_finite(source, model)
     _check_disk(settings, source, model)
     text = None if documents is None else render(documents, source.tokenizer)
@@ -158,6 +171,8 @@ def _journal(
     with ranks.together():
         if ranks.is_first:
             journal.claim(_fingerprint(settings, prepared), restart=restart)
+            if journal.read_digests() is None:
+                check_output(settings.out)  # now that nobody else has it
     done = False
     try:
         yield journal
@@ -189,6 +204,7 @@ class _Run:
         progress: bool,
     ) -> None:
         self._settings = settings
+        self._config = settings.config
         self._source = prepared.source
         self._model = prepared.model
         self._text = prepared.text
@@ -198,7 +214,10 @@ class _Run:
         self._progress = progress and ranks.is_first
 
     def execute(self) -> QuantizeReport:
+        if self._is_written():
+            return self._check_written()
         tokens = self._tokens()
+        self._config = self._choose_widths(tokens)
         batches = tokens.split(BATCH_SIZE)
         own = self._ranks.share(len(batches))
         limit = self._settings.activation_memory_bytes
@@ -211,11 +230,12 @@ class _Run:
         with self._bar() as bar:
             quantizer = LayerQuantizer(
                 self._model,
-                self._settings.config,
+                self._config,
                 self._settings.solver,
                 Calibration(
                     batches=own,
                     num_sequences=sum(len(batches[i]) for i in own),
+                    own_tokens=sum(batches[i].numel() for i in own),
                     num_tokens=tokens.numel(),
                 ),
                 store,
@@ -224,7 +244,8 @@ class _Run:
                 activation_memory_bytes=self._settings.activation_memory_bytes,
                 on_group=lambda reports: bar.set_postfix_str(_describe(reports), refresh=True),
             )
-            first = self._resume(quantizer, stores, batches, own)
+            embedding = self._finish_embedding(tokens.numel())
+            first = self._resume(quantizer, stores, batches, own, embedding)
             bar.update(first)
             for index in range(first, self._model.num_layers):
                 self._finish_layer(index, quantizer, stores)
@@ -255,12 +276,44 @@ class _Run:
         assert found is not None
         return found
 
+    def _choose_widths(self, tokens: Tensor) -> QuantConfig:
+        """The run's config; with a target, widths that are measured once for all restarts."""
+        target = self._settings.target_bpw
+        if target is None:
+            return self._config
+        with self._ranks.together():
+            if self._ranks.is_first and self._journal.read_widths() is None:
+                candidates = list(
+                    tqdm(
+                        measure(self._model, tokens, self._config),
+                        desc="measuring",
+                        unit="group",
+                        disable=not self._progress,
+                    )
+                )
+                self._journal.write_widths(choose(candidates, target))
+        widths = self._journal.read_widths()
+        assert widths is not None
+        return with_widths(self._config, widths)
+
+    def _is_written(self) -> bool:
+        """Whether an earlier process gave OUT its name and was killed before it was done."""
+        out = self._settings.out
+        return self._journal.read_digests() is not None and out.is_dir() and any(out.iterdir())
+
+    def _check_written(self) -> QuantizeReport:
+        with self._ranks.together():
+            if self._ranks.is_first:
+                verify_checkpoint(self._settings.out, self._journal.read_digests() or {})
+        return read_report(self._settings.out)[0]
+
     def _resume(
         self,
         quantizer: LayerQuantizer,
         stores: Sequence[ActivationStore],
         batches: Sequence[Tensor],
         own: Sequence[int],
+        embedding: PackedEmbedding | None,
     ) -> int:
         """How many layers are finished; what their successor reads is in the store."""
         first = self._journal.num_finished()
@@ -268,13 +321,28 @@ class _Run:
             logger.info("%d of %d layers are finished", first, self._model.num_layers)
         with self._ranks.together():
             if not first or not all(store.holds(first, own) for store in stores):
-                for batch in own:
-                    for store in stores:
-                        store.put(0, batch, self._model.embed(batches[batch]))
+                # The 16-bit model's hidden states, in the second store, start at its own embedding.
+                for store, table in zip(stores, (embedding, None), strict=False):
+                    for batch in own:
+                        store.put(0, batch, self._model.embed(batches[batch], table))
                 for index in range(first):
                     quantizer.replay_layer(index, self._journal.read_layer(index))
         self._clean(stores, first)
         return first
+
+    def _finish_embedding(self, num_tokens: int) -> PackedEmbedding | None:
+        """The quantized embedding: the layers behind it make up for its errors, too."""
+        config, name = self._config, self._model.embedding_name
+        if config.for_embedding(name) is None:
+            return None
+        with self._ranks.together():
+            if self._ranks.is_first and self._journal.read_embedding() is None:
+                solver, table = self._settings.solver, _table(self._model)
+                entry = quantize_embedding(name, table, config, solver, num_tokens=num_tokens)
+                self._journal.write_embedding(entry)
+        found = self._journal.read_embedding()
+        assert found is not None
+        return packed_embedding(found, name, config)
 
     def _finish_layer(
         self, index: int, quantizer: LayerQuantizer, stores: Sequence[ActivationStore]
@@ -295,7 +363,7 @@ class _Run:
                     store.keep_only(layer)
 
     def _finish_head(self, quantizer: LayerQuantizer) -> None:
-        if not self._settings.config.lm_head or self._journal.read_head() is not None:
+        if not self._config.lm_head or self._journal.read_head() is not None:
             return
         weight, bias = self._head()
         entry = quantizer.quantize_head(weight, bias)
@@ -310,14 +378,16 @@ class _Run:
 
     def _write(self, num_tokens: int) -> None:
         """Put the checkpoint together, a layer at a time, and read it again."""
-        settings, journal = self._settings, self._journal
+        settings, config, journal = self._settings, self._config, self._journal
         totals = _Totals()
         expected: dict[str, str] = {}
-        with CheckpointWriter(settings.out, self._config_json(), settings.config) as writer:
+        with CheckpointWriter(
+            settings.out, self._config_json(), config, partial=journal.partial
+        ) as writer:
             for entry in chain(journal.entries(self._model.num_layers), [self._outside()]):
                 packed: dict[str, Tensor] = {}
                 for name, weight in entry.packed.items():
-                    packed |= linear_tensors(name, weight, settings.config)
+                    packed |= linear_tensors(name, weight, config)
                     expected[name] = digest(weight)
                 for name, tensor in entry.tensors.items():
                     expected[name] = digest(tensor)
@@ -326,6 +396,7 @@ class _Run:
             report = self._report(num_tokens, totals)
             writer.add_files(self._source.write_companions)
             writer.add_files(lambda folder: write_report(folder, report, None))
+            journal.write_digests(expected)
         try:
             verify_checkpoint(settings.out, expected)
         except QuantError:
@@ -333,11 +404,14 @@ class _Run:
             raise
 
     def _outside(self) -> Entry:
-        """What stands before and behind the layers, at 16 bits. Quantized embeddings would go here.
+        """What stands before and behind the layers at 16 bits.
 
-        A tied head that is quantized is untied by that: the embedding is still written.
+        A tied head that is quantized is untied by that: the embedding is still written. An
+        embedding that is quantized is still the head of a model that ties them.
         """
-        tensors = self._model.other_tensors()
+        tensors, embedding = self._model.other_tensors(), self._model.embedding_name
+        if self._config.for_embedding(embedding) is not None:
+            del tensors[f"{embedding}.weight"]
         if self._settings.config.lm_head:
             for part in ("weight", "bias"):
                 tensors.pop(f"{self._model.head_name}.{part}", None)
@@ -352,7 +426,7 @@ class _Run:
     def _report(self, num_tokens: int, totals: _Totals) -> QuantizeReport:
         return QuantizeReport(
             source=self._settings.source,
-            settings=self._settings.describe(),
+            settings={**self._settings.describe(), **dataclasses.asdict(self._config)},
             seconds=time.monotonic() - self._started,
             num_calibration_tokens=num_tokens,
             num_bytes_16bit=_num_bytes_16bit(self._source),
@@ -407,14 +481,23 @@ def _describe(reports: Sequence[ModuleReport]) -> str:
 
 def _check_settings(settings: Settings) -> None:
     config = settings.config
-    for name in ("desc_act", "embeddings"):
-        if getattr(config, name):
-            raise QuantError(f"{name} is true; checkpoints like that are read, never made")
+    if config.desc_act:
+        raise QuantError("desc_act is true; checkpoints like that are read, never made")
     if config.checkpoint_format == "awq":
         raise QuantError("checkpoint_format is 'awq'; this format is read, never written")
+    target = settings.target_bpw
+    if target is not None and not MIN_TARGET_BPW <= target <= MAX_TARGET_BPW:
+        raise QuantError(
+            f"target_bpw is {target:g}; it must lie in [{MIN_TARGET_BPW}, {MAX_TARGET_BPW}]"
+        )
     if settings.activation_memory_bytes < 0:
         value = settings.activation_memory_bytes
         raise QuantError(f"activation_memory_bytes is {value}; it must be at least 0")
+
+
+def _table(model: LayeredModel) -> Tensor:
+    """The input embedding as it is stored, [V, C]."""
+    return model.other_tensors()[f"{model.embedding_name}.weight"]
 
 
 def _check_finite(source: Source, model: LayeredModel) -> None:
@@ -438,7 +521,8 @@ def _check_disk(settings: Settings, source: Source, model: LayeredModel) -> None
     packed = (whole - outside) * settings.config.bits // 16
     hidden_size = getattr(source.config.get_text_config(), "hidden_size", 0)
     num_tokens = settings.num_sequences * settings.sequence_length
-    needed = outside + 2 * packed + 2 * 4 * num_tokens * hidden_size
+    models = 1 if settings.solver.drift == "none" else 2
+    needed = outside + 2 * packed + models * 2 * 4 * num_tokens * hidden_size
     parent = settings.out.parent
     while not parent.exists():
         parent = parent.parent
@@ -463,7 +547,7 @@ def _fingerprint(settings: Settings, prepared: _Prepared) -> Fingerprint:
 def _identify(source: Source) -> str:
     """The files of a local source by name, size and time; of a hub's model, its name."""
     path = Path(source.name).expanduser()
-    files = [path] if path.is_file() else sorted(path.glob("*.*"))
+    files = [path] if path.is_file() else sorted(filter(Path.is_file, path.glob("*.*")))
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return _hash(json.dumps([source.config_json, stats or source.name], default=str).encode())
 

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from ..kernels.packing import num_groups, packed_rows
 from .checkpoint import MAX_SHARD_BYTES
 from .config import ModuleConfig, QuantConfig
+from .embedding import check_embedding
 from .errors import QuantError, SourceError
-from .formats import check_format
+from .formats import check_format, embedding_matrix, weight_bytes
 from .gptq import ROWS_AT_ONCE as SOLVER_ROWS
 from .gptq import SolverConfig, solve
 from .layers import find_layers, is_router
@@ -33,7 +33,7 @@ from .pipeline import (
     DEFAULT_SEQUENCE_LENGTH,
 )
 from .skeleton import Skeleton
-from .stages import ROWS_AT_ONCE
+from .stages import CODES_AT_ONCE, ROWS_AT_ONCE
 from .units import format_bytes, format_seconds
 
 # Memory that `nvidia-smi` reports, in MiB: what is left of the size on the box.
@@ -58,6 +58,7 @@ USABLE_GPU_FRACTION = 0.9
 # Where the memory of a run goes, beside what follows from shapes alone.
 PROCESS_BYTES = 450 << 20  # measured after the imports
 SUM_BYTES = 4  # of K * K: a triangle in fp64
+DRIFT_BYTES = 8 + 4  # of a number in the drift's sum: fp64, and fp32 when it is finished
 FACTOR_BYTES = 4 + 8  # of K * K: the Hessian in fp32 and its factor in fp64
 ROW_BYTES = 24  # of K * N for the rows that are packed together: wide codes and their periods
 CODE_BYTES = 1  # of K * N for the layers of a group, before they are packed
@@ -66,6 +67,7 @@ PASS_WIDTH = 4  # times the widest activation: what a forward pass holds inside 
 
 # How often the solver goes over a matrix.
 HESSIAN_OPERATIONS = 1.25  # of K * K for a token; symmetric, so little more than half of 2
+DRIFT_OPERATIONS = 4  # of a number in the drift's sum for a token: outputs, then their products
 FACTOR_OPERATIONS = 1  # of K ** 3: a Cholesky factor and a triangular inverse
 SOLVER_OPERATIONS = 1 + 2 + 4  # of N * K * K: spreading errors, descent's start, output errors
 SWEEP_OPERATIONS = 2  # of N * K * K for each sweep of coordinate descent
@@ -154,6 +156,7 @@ class Plan:
     model_type: str
     num_parameters: int
     num_quantized: int  # linear layers
+    quantizes_embedding: bool  # beside them
     num_bytes_16bit: int  # every weight at two bytes
     num_bytes_packed: int  # every tensor of the checkpoint, exactly
     bits_per_weight: float  # of the quantized layers, scales and zero points included
@@ -178,6 +181,7 @@ def plan_run(
     num_sequences: int = DEFAULT_NUM_SEQUENCES,
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
     activation_memory_bytes: int = DEFAULT_ACTIVATION_MEMORY_BYTES,
+    solver: SolverConfig | None = None,
     gpu: str | None = None,
     kv_tokens: int = 0,
     rates: Rates | None = None,
@@ -193,6 +197,7 @@ def plan_run(
         num_sequences=num_sequences,
         sequence_length=sequence_length,
         activation_memory_bytes=activation_memory_bytes,
+        solver=solver,
         gpu=gpu,
         kv_tokens=kv_tokens,
         rates=rates,
@@ -207,6 +212,7 @@ def plan_model(
     num_sequences: int = DEFAULT_NUM_SEQUENCES,
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
     activation_memory_bytes: int = DEFAULT_ACTIVATION_MEMORY_BYTES,
+    solver: SolverConfig | None = None,
     gpu: str | None = None,
     kv_tokens: int = 0,
     rates: Rates | None = None,
@@ -216,21 +222,23 @@ def plan_model(
     if kv_tokens < 0:
         raise QuantError(f"kv_tokens is {kv_tokens}; it must be at least 0")
     gpu_name = None if gpu is None else _gpu_name(gpu)
-    model = _Model(name, model_config, config)
+    solver = solver or SolverConfig()
+    model = _Model(name, model_config, config, corrects_drift=solver.drift != "none")
     length = min(sequence_length, getattr(model_config, "max_position_embeddings", sequence_length))
-    quantized = [linear for linear in model.linears if linear.config is not None]
+    quantized = model.quantized()
     num_bytes = model.checkpoint_bytes()
     return Plan(
         source=name,
         model_type=model_config.model_type,
         num_parameters=model.num_parameters,
-        num_quantized=len(quantized),
+        num_quantized=sum(linear is not model.embedding for linear in quantized),
+        quantizes_embedding=model.embedding is not None,
         num_bytes_16bit=2 * model.num_parameters,
         num_bytes_packed=num_bytes,
         bits_per_weight=bits_per_weight(quantized, config.checkpoint_format),
         num_calibration_tokens=num_sequences * length,
         memory=_memory(model, num_sequences, length, activation_memory_bytes),
-        time=_time(model, num_sequences, length, rates or measure_rates()),
+        time=_time(model, num_sequences, length, rates or measure_rates(), solver),
         gpu=None if gpu_name is None else _gpu_fit(gpu_name, model, num_bytes, kv_tokens),
     )
 
@@ -239,7 +247,8 @@ def describe(plan: Plan) -> str:
     """The plan in words, a few lines."""
     lines = [
         f"{plan.source} ({plan.model_type}): {plan.num_parameters:,} parameters, "
-        f"{plan.num_quantized} linear layers to quantize",
+        f"{plan.num_quantized} linear layers"
+        f"{' and the embedding' if plan.quantizes_embedding else ''} to quantize",
         f"size         {format_bytes(plan.num_bytes_16bit)} at 16 bits, "
         f"{format_bytes(plan.num_bytes_packed)} packed ({plan.num_bytes_packed:,} bytes), "
         f"{plan.bits_per_weight:.3f} bits per weight",
@@ -291,7 +300,15 @@ def load_config(source: str) -> PretrainedConfig:
 class _Model:
     """What a configuration says about a model's tensors."""
 
-    def __init__(self, name: str, model_config: PretrainedConfig, config: QuantConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        model_config: PretrainedConfig,
+        config: QuantConfig,
+        *,
+        corrects_drift: bool,
+    ) -> None:
+        self.corrects_drift = corrects_drift
         try:
             self.skeleton = Skeleton(model_config)
             self.layers_name, layers = find_layers(self.skeleton.model)
@@ -313,15 +330,20 @@ class _Model:
             for path, module in self.skeleton.model.named_modules()
             if isinstance(module, nn.Linear)
         ]
+        self.embedding = self._embedding()
+
+    def quantized(self) -> list[Linear]:
+        """What is packed, the embedding too."""
+        found = [linear for linear in self.linears if linear.config is not None]
+        return found if self.embedding is None else [self.embedding, *found]
 
     def checkpoint_bytes(self) -> int:
         """Of every tensor: packed layers, and all else at two bytes a number."""
         packed, dense = 0, self.num_parameters
-        for linear in self.linears:
-            if linear.config is not None:
-                packed += packed_bytes(linear, self.quant_config.checkpoint_format)
-                if not linear.tied:
-                    dense -= linear.num_weights + linear.bias * linear.out_features
+        for linear in self.quantized():
+            packed += packed_bytes(linear, self.quant_config.checkpoint_format)
+            if not linear.tied:
+                dense -= linear.num_weights + linear.bias * linear.out_features
         return packed + 2 * dense
 
     def largest_layer(self) -> int:
@@ -370,6 +392,28 @@ class _Model:
             config=self.quant_config.for_module(name) if quantized else None,
         )
 
+    def _embedding(self) -> Linear | None:
+        """The input embedding as the matrix that is packed; None: it stays at 16 bits."""
+        model, config = self.skeleton.model, self.quant_config
+        table = model.get_input_embeddings()
+        path = next(path for path, module in model.named_modules() if module is table)
+        name = self.skeleton.checkpoint_name(path)
+        module = config.for_embedding(name)
+        if module is None:
+            return None
+        check_embedding(config, name, *table.weight.shape)
+        out_features, in_features = embedding_matrix(table.weight, config).shape
+        return Linear(
+            name=name,
+            in_features=in_features,
+            out_features=out_features,
+            bias=False,
+            layer=None,
+            share=1.0,
+            tied=False,
+            config=module,
+        )
+
     def _layer_of(self, path: str) -> int | None:
         if not path.startswith(f"{self.layers_name}."):
             return None
@@ -391,22 +435,18 @@ def packed_bytes(linear: Linear, checkpoint_format: str) -> int:
     """Bytes of a packed layer's tensors in that format."""
     # The shape as two int64, or g_idx.
     extra = 16 if checkpoint_format == "compressed-tensors" else 4 * linear.in_features
-    return weight_bytes(linear, checkpoint_format) + extra + 2 * linear.bias * linear.out_features
+    return _weight_bytes(linear, checkpoint_format) + extra + 2 * linear.bias * linear.out_features
 
 
-def weight_bytes(linear: Linear, checkpoint_format: str) -> int:
-    """Bytes of codes, scales and zero points alone."""
+def _weight_bytes(linear: Linear, checkpoint_format: str) -> int:
     assert linear.config is not None
-    columns, rows, bits = linear.in_features, linear.out_features, linear.config.bits
-    groups = num_groups(columns, linear.config.group_size)
-    has_zeros = checkpoint_format != "compressed-tensors" or not linear.config.sym
-    words = packed_rows(columns, bits) * rows + has_zeros * packed_rows(rows, bits) * groups
-    return 4 * words + 2 * groups * rows
+    sizes = linear.in_features, linear.out_features
+    return weight_bytes(linear.config, *sizes, checkpoint_format)
 
 
 def bits_per_weight(linears: Sequence[Linear], checkpoint_format: str) -> float:
     """Of codes, scales and zero points together; 16 where nothing is quantized."""
-    num_bytes = sum(weight_bytes(linear, checkpoint_format) for linear in linears)
+    num_bytes = sum(_weight_bytes(linear, checkpoint_format) for linear in linears)
     return 8 * num_bytes / sum(linear.num_weights for linear in linears) if linears else 16.0
 
 
@@ -417,6 +457,7 @@ def _memory(model: _Model, num_sequences: int, length: int, activation_memory_by
     """The phase of the run that needs most; its terms are in use at once."""
     drawing = 4 * model.num_parameters  # only done where it fits the activations' limit
     phases = {
+        **_embedding_phases(model),
         **_layer_phases(model, num_sequences, length, activation_memory_bytes),
         "drawing calibration text": {
             "the whole model, fp32": drawing if drawing <= activation_memory_bytes else 0
@@ -433,26 +474,45 @@ def _memory(model: _Model, num_sequences: int, length: int, activation_memory_by
     )
 
 
+def _embedding_phases(model: _Model) -> dict[str, dict[str, int]]:
+    table = model.embedding
+    if table is None:
+        return {}
+    at_once = min(CODES_AT_ONCE, table.in_features * ROWS_AT_ONCE, table.num_weights)
+    packed = packed_bytes(table, model.quant_config.checkpoint_format)
+    return {
+        "rounding the embedding": {
+            "its codes": CODE_BYTES * table.num_weights,
+            "a part being packed": ROW_BYTES * at_once,
+            "its packed parts, put together": 2 * packed,
+        }
+    }
+
+
 def _layer_phases(
     model: _Model, num_sequences: int, length: int, limit_bytes: int
 ) -> dict[str, dict[str, int]]:
     """Around the widest Hessian of the largest layer: while it is added up, and while it is used.
 
     A pass that is paused before the widest matrix holds less than one paused inside attention.
+    Where drift is corrected, the 16-bit model passes through the layer as well.
     """
-    groups = model.groups()
+    groups, models = model.groups(), 2 if model.corrects_drift else 1
     columns = max((group[0].in_features for group in groups), default=0)
     rows = max((linear.out_features for group in groups for linear in group), default=0)
     weights = max((sum(linear.num_weights for linear in group) for group in groups), default=0)
     hidden, state = int(model.config.hidden_size), 4 * length
     in_attention = PAUSED_STATES * hidden
     paused = 2 * hidden + columns if columns > hidden else in_attention
-    keeps_paused = num_sequences * state * max(paused, in_attention) <= limit_bytes
+    keeps_paused = models * num_sequences * state * max(paused, in_attention) <= limit_bytes
+    widest = [group for group in groups if group[0].in_features == columns]
+    drift = max((_drift_weights(group) for group in widest), default=0) * (models - 1)
     common = {
         "the decoder layer, fp32": 4 * model.largest_layer(),
+        "the same at 16 bits": 2 * model.largest_layer() * (models - 1),
         "its packed weights": model.largest_packed_layer(),
-        "activations between layers": min(num_sequences * state * hidden, limit_bytes),
-        "activations in the layer": num_sequences * state * paused if keeps_paused else 0,
+        "activations between layers": min(models * num_sequences * state * hidden, limit_bytes),
+        "activations in the layer": models * num_sequences * state * paused * keeps_paused,
     }
     batch = min(num_sequences, BATCH_SIZE) * state * PASS_WIDTH * max(hidden, columns)
     at_once = ROW_BYTES * columns * min(rows, ROWS_AT_ONCE) + CODE_BYTES * weights
@@ -460,14 +520,24 @@ def _layer_phases(
         "adding up a Hessian": {
             **common,
             "the Hessian": SUM_BYTES * columns**2,
+            "the drift": DRIFT_BYTES * drift,
             "one batch of a forward pass": batch,
         },
         "solving": {
             **common,
             "the Hessian and its factor": FACTOR_BYTES * columns**2,
+            "what the outputs lack": 4 * drift,
             "codes being found and packed": at_once,
         },
     }
+
+
+def _drift_weights(group: Sequence[Linear]) -> int:
+    """Numbers in the drift's sum: for every weight, or for every pair of inputs if these are fewer;
+    none for routed experts, which see other tokens than at 16 bits.
+    """
+    rows, columns = sum(linear.out_features for linear in group), group[0].in_features
+    return min(rows, columns) * columns if group[0].share == 1.0 else 0
 
 
 # Time
@@ -488,8 +558,9 @@ def measure_rates() -> Rates:
 
 
 def _time(
-    model: _Model, num_sequences: int, length: int, rates: Rates
+    model: _Model, num_sequences: int, length: int, rates: Rates, solver: SolverConfig
 ) -> tuple[tuple[str, float], ...]:
+    models = 2 if model.corrects_drift else 1
     tokens = num_sequences * length
     groups = model.groups()
     attention = 2 * tokens * length * int(model.config.hidden_size) * model.num_layers
@@ -497,21 +568,24 @@ def _time(
     passes = sum(2 * tokens * linear.share * linear.num_weights for linear in inside)
     squares = sum(group[0].share * group[0].in_features ** 2 for group in groups)
     factors = sum(FACTOR_OPERATIONS * group[0].in_features ** 3 for group in groups)
-    solving = sum(_solving_seconds(group, rates) for group in groups)
+    solving = sum(_solving_seconds(group, rates, solver.descent_sweeps) for group in groups)
+    drift = DRIFT_OPERATIONS * tokens * sum(map(_drift_weights, groups)) * (models - 1)
+    table = 0 if model.embedding is None else model.embedding.num_weights
     return (
-        ("reading weights", 2 * model.num_parameters / rates.copy),
-        ("forward passes", (passes + attention) / rates.matmul),
+        ("reading weights", 2 * models * model.num_parameters / rates.copy),
+        ("forward passes", models * (passes + attention) / rates.matmul),
         ("Hessians", HESSIAN_OPERATIONS * tokens * squares / rates.matmul),
+        *([("drift", drift / rates.matmul)] if drift else []),
         ("factors", factors / rates.matmul64),
-        ("solving", solving),
+        ("solving", solving + table * rates.solver_weight),
     )
 
 
-def _solving_seconds(group: Sequence[Linear], rates: Rates) -> float:
+def _solving_seconds(group: Sequence[Linear], rates: Rates, sweeps: int) -> float:
     columns = group[0].in_features
     weights = sum(linear.num_weights for linear in group)
     slices = sum(-(-linear.out_features // SOLVER_ROWS) for linear in group)
-    operations = SOLVER_OPERATIONS + SWEEP_OPERATIONS * SolverConfig().descent_sweeps
+    operations = SOLVER_OPERATIONS + SWEEP_OPERATIONS * sweeps
     products = operations * weights * columns / rates.matmul
     return slices * columns * rates.solver_column + weights * rates.solver_weight + products
 

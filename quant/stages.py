@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from .passes import LayerPasses, paused_bytes
 from .report import ModuleReport
 
 ROWS_AT_ONCE = 2048  # of a matrix that are packed or put in place together, to save memory
+CODES_AT_ONCE = 1 << 25  # of a matrix that are packed together, where its rows are very long
 HEAD_ROWS = 16384  # of the output head that are solved together
 # A routed expert that saw a smaller share of the tokens has a Hessian that says too little; the
 # share is GPTQModel's.
@@ -63,6 +63,7 @@ class Calibration:
 
     batches: Sequence[int]  # this process's
     num_sequences: int  # in those batches
+    own_tokens: int  # in those batches
     num_tokens: int  # of the whole run
 
 
@@ -103,13 +104,13 @@ class LayerQuantizer:
             passes = stack.enter_context(self._passes(layer, index, groups, self._store))
             wanted = None
             if self._wanted is not None:
-                original = load_layer(self._model, index)
+                original = self._model.load_layer(index, as_stored=True)
                 wanted = stack.enter_context(self._passes(original, index, groups, self._wanted))
             for i, group in enumerate(groups):
                 linears = [_linear(layer, target.name) for target in group.targets]
-                goals = repeat(None) if wanted is None else wanted.inputs_and_streams(i)
-                pairs = zip(passes.inputs_and_streams(i), goals, strict=False)
-                weights, found = self._quantize_group(group, linears, pairs)
+                taken = passes.inputs_and_streams(i)
+                goals = None if wanted is None else wanted.inputs_and_streams(i)
+                weights, found = self._quantize_group(group, linears, _pairs(taken, goals))
                 for target, linear, weight in zip(group.targets, linears, weights, strict=True):
                     install(linear, weight)
                     packed[target.full_name] = weight
@@ -209,11 +210,12 @@ class LayerQuantizer:
                 summed.add(inputs)
                 if drift is None or wanted is None:
                     continue
-                if inputs.dim() != 3 or inputs.shape != wanted[0].shape:
+                if inputs.shape != wanted[0].shape:
                     num_strayed += 1
                     continue
                 lacking = None if stream is None or wanted[1] is None else wanted[1] - stream
                 drift.add(inputs, wanted[0], lacking)
+        num_strayed += summed.num_tokens != self._calibration.own_tokens
         self._add_over_ranks(summed)
         if drift is None:
             return summed, None
@@ -288,6 +290,14 @@ class LayerQuantizer:
             store.put(index + 1, batch, output)
 
 
+def _pairs(
+    taken: Iterator[Taken], wanted: Iterator[Taken] | None
+) -> Iterator[tuple[Taken, Taken | None]]:
+    if wanted is not None:
+        return zip(taken, wanted, strict=True)
+    return ((one, None) for one in taken)
+
+
 def load_layer(model: LayeredModel, index: int) -> nn.Module:
     """The layer in fp32. Raises QuantError that names a tensor which is not finite."""
     layer = model.load_layer(index)
@@ -299,11 +309,11 @@ def load_layer(model: LayeredModel, index: int) -> nn.Module:
 
 
 def find_targets(
-    model: LayeredModel, layer: nn.Module, index: int, config: QuantConfig
+    model: LayeredModel, layer: nn.Module, index: int, config: QuantConfig, *, check: bool = True
 ) -> list[TargetGroup]:
     """The layer's linear layers to quantize, in groups that read the same input.
 
-    Raises CheckpointError that names a layer which the checkpoint's format cannot hold.
+    With `check`, raises CheckpointError that names a layer which the format cannot hold.
     """
     groups = []
     for group in model.linear_groups(layer, index):
@@ -313,7 +323,8 @@ def find_targets(
             module = config.for_module(full_name)
             if module is not None:
                 linear = _linear(layer, name)
-                check_format(config, full_name, linear.in_features, linear.out_features)
+                if check:
+                    check_format(config, full_name, linear.in_features, linear.out_features)
                 targets.append(Target(name=name, full_name=full_name, config=module))
         if targets:
             groups.append(TargetGroup(targets=tuple(targets), stream=group.stream))
@@ -381,8 +392,9 @@ def _gather(own: Solution, num_rows: int, ranks: Ranks) -> Solution:
 
 def pack(quantized: QuantizedWeight, bias: Tensor | None) -> PackedWeight:
     """Packing widens codes to 64 bits: a part of the rows at a time."""
-    count = quantized.codes.shape[1]
-    sizes = [min(ROWS_AT_ONCE, count - start) for start in range(0, count, ROWS_AT_ONCE)]
+    in_features, count = quantized.codes.shape
+    step = max(1, min(ROWS_AT_ONCE, CODES_AT_ONCE // in_features))
+    sizes = [min(step, count - start) for start in range(0, count, step)]
     packed = concatenate([part.pack() for part in quantized.split(sizes)])
     return replace(packed, bias=None if bias is None else to_fp16({"bias": bias})["bias"])
 

@@ -76,13 +76,15 @@ def _add_quantize(commands: Commands) -> None:
     parser = commands.add_parser("quantize", help="turn a 16-bit model into a packed checkpoint")
     parser.add_argument("source", help="a Hugging Face folder, a hub id, or a .gguf file")
     parser.add_argument("out", type=Path, help="the folder to create")
-    _add_layout_options(parser)
-    parser.add_argument(
-        "--damp-percent",
+    width = _add_layout_options(parser)
+    width.add_argument(
+        "--target-bpw",
         type=float,
-        default=0.01,
-        help="of the Hessian's mean diagonal, added to its diagonal",
+        default=argparse.SUPPRESS,
+        help="bits per weight, scales and zero points included: each layer gets 2, 3, 4 or 8 bits "
+        "by what that costs its output",
     )
+    _add_solver_options(parser)
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -117,21 +119,26 @@ def _add_quantize(commands: Commands) -> None:
 
 def _quantize(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
+        if "target_bpw" in arguments:
+            raise ValueError("target_bpw is chosen from the weights; a dry run reads none")
         arguments.gpu, arguments.kv_tokens = None, 0
         return _plan(arguments)
     from ..quant.errors import PeerError
+    from ..quant.gptq import SolverConfig
     from ..quant.pipeline import quantize
     from ..quant.units import format_bytes
 
     config = dataclasses.replace(_quant_config(arguments), damp_percent=arguments.damp_percent)
     settings = _given(
-        arguments, ("num_sequences", "sequence_length", "seed", "activation_memory_bytes")
+        arguments,
+        ("target_bpw", "num_sequences", "sequence_length", "seed", "activation_memory_bytes"),
     )
     try:
         report = quantize(
             arguments.source,
             arguments.out,
             config,
+            solver=SolverConfig(**_given(arguments, SOLVER_OPTIONS)),
             calibration_file=arguments.calibration,
             restart=arguments.restart,
             **settings,
@@ -146,7 +153,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         f"wrote {arguments.out}: {format_bytes(report.num_bytes_16bit)} at 16 bits, "
         f"{format_bytes(report.num_bytes_packed)} packed, {report.bits_per_weight:.2f} bits per "
         f"weight, {report.seconds:.0f} s"
-        + (f"; largest output error {worst.relative_error:.2%} at {worst.name}" if worst else "")
+        + (f"; largest relative error {worst.relative_error:.2%} at {worst.name}" if worst else "")
     )
     if arguments.eval:
         _print_quality(arguments.source, arguments.out)
@@ -193,11 +200,13 @@ def _add_plan(commands: Commands) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from ..quant.gptq import SolverConfig
     from ..quant.plan import describe, plan_run
 
     plan = plan_run(
         arguments.source,
         _quant_config(arguments),
+        solver=SolverConfig(**_given(arguments, SOLVER_OPTIONS)),
         gpu=arguments.gpu,
         kv_tokens=arguments.kv_tokens,
         **_given(arguments, ("num_sequences", "sequence_length", "activation_memory_bytes")),
@@ -206,9 +215,63 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_layout_options(parser: argparse.ArgumentParser) -> None:
-    """What the quantized layers of a checkpoint look like."""
-    parser.add_argument("--bits", type=int, default=4, help="of a weight's code")
+SOLVER_OPTIONS = (
+    "act_order",
+    "scale_search",
+    "scale_norm",
+    "signed_scales",
+    "descent_sweeps",
+    "drift",
+)
+
+
+def _add_solver_options(parser: argparse.ArgumentParser) -> None:
+    """How codes are found. Their defaults are the solver's own, which this must not import."""
+    parser.add_argument(
+        "--damp-percent",
+        type=float,
+        default=0.01,
+        help="of the Hessian's mean diagonal, added to its diagonal",
+    )
+    options: dict[str, Any] = {"default": argparse.SUPPRESS}
+    parser.add_argument(
+        "--act-order",
+        help="static: inputs by falling importance; group: groups so; none (default: static)",
+        **options,
+    )
+    parser.add_argument(
+        "--scale-search",
+        help="what a group's range minimises: the error as the Hessian weighs it (hessian), a norm "
+        "of it (norm), or nothing (none) (default: hessian)",
+        **options,
+    )
+    parser.add_argument(
+        "--scale-norm", type=float, help="of --scale-search norm (default: 2.4)", **options
+    )
+    parser.add_argument(
+        "--signed-scales",
+        action=argparse.BooleanOptionalAction,
+        help="symmetric grids with their extra code on the largest weight (default: on)",
+        **options,
+    )
+    parser.add_argument(
+        "--descent-sweeps",
+        type=int,
+        help="of coordinate descent over the finished codes (default: 4)",
+        **options,
+    )
+    parser.add_argument(
+        "--drift",
+        help="what a layer makes up for beside its rounding: nothing (none), its inputs' errors "
+        "(inputs), the residual stream's too (stream) (default: stream)",
+        **options,
+    )
+
+
+def _add_layout_options(parser: argparse.ArgumentParser) -> Any:
+    """What the quantized layers of a checkpoint look like. Returns the group that sets a width."""
+    width = parser.add_mutually_exclusive_group()
+    width.add_argument("--bits", type=int, default=4, help="of a weight's code")
     parser.add_argument(
         "--group-size", type=int, default=64, help="weights that share a scale; -1 is a whole row"
     )
@@ -219,6 +282,12 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lm-head-bits", type=int, help="quantize the output head, too")
     parser.add_argument(
+        "--embedding-bits",
+        type=int,
+        help="quantize the input embedding, too, to nearest; a head that is tied to it stays tied, "
+        "unless it has bits of its own",
+    )
+    parser.add_argument(
         "--dynamic",
         action="append",
         metavar="REGEX=bits=8,group_size=32",
@@ -227,19 +296,28 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", help="gptq, gptq_v2 or compressed-tensors; gptq, or gptq_v2 with --asym"
     )
+    return width
 
 
 def _quant_config(arguments: argparse.Namespace) -> Any:
-    from ..quant.config import QuantConfig
+    from ..kernels.packing import SUPPORTED_BITS
+    from ..quant.config import EMBEDDING_NAMES, QuantConfig
 
     dynamic = dict(_dynamic(text) for text in arguments.dynamic or ())
     if arguments.lm_head_bits is not None:
         dynamic = {"+:^lm_head$": {"bits": arguments.lm_head_bits}, **dynamic}
+    bits = arguments.embedding_bits
+    if bits is not None:
+        if bits not in SUPPORTED_BITS:
+            supported = ", ".join(map(str, SUPPORTED_BITS))
+            raise ValueError(f"embedding_bits is {bits}; supported are {supported}")
+        dynamic = {f"+:{EMBEDDING_NAMES}": {"bits": bits}, **dynamic}
     return QuantConfig(
         bits=arguments.bits,
         group_size=arguments.group_size,
         sym=arguments.sym,
         lm_head=arguments.lm_head_bits is not None,
+        embeddings=bits is not None,
         checkpoint_format=arguments.format or ("gptq" if arguments.sym else "gptq_v2"),
         dynamic=dynamic,
     )

@@ -134,6 +134,20 @@ def test_the_head_projects_what_head_input_returns(tmp_path: Path, name: str) ->
     )
 
 
+def test_a_layer_as_it_is_stored_computes_the_same(family: Path) -> None:
+    model = layered(family)
+    hidden = model.embed(random_ids(2, 9))
+    for index in range(model.num_layers):
+        plain, stored = model.load_layer(index), model.load_layer(index, as_stored=True)
+        weights = [m.weight for m in stored.modules() if isinstance(m, torch.nn.Linear)]
+        assert weights and all(weight.dtype == torch.float16 for weight in weights)
+        with torch.inference_mode():
+            expected = model.call_layer(plain, index, hidden)
+            found = model.call_layer(stored, index, hidden)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        hidden = expected
+
+
 def test_two_copies_of_a_layer_do_not_touch_each_other(tmp_path: Path) -> None:
     model = layered(save_family(tmp_path, "mixtral"))
     original, changed = model.load_layer(1), model.load_layer(1)
@@ -200,6 +214,27 @@ def test_linear_layers_that_read_the_same_tensor_form_a_group(family: Path) -> N
     for index in range(model.num_layers):
         groups = model.linear_groups(model.load_layer(index), index)
         assert [group.names for group in groups] == GROUPS.get(family.name, LLAMA)
+
+
+def test_the_stream_that_an_output_is_added_to_is_found(family: Path) -> None:
+    llama = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
+    expected = {
+        "bert": {"attention.output.dense": "", "output.dense": "intermediate"},
+        "bloom": {"self_attention.dense": "", "mlp.dense_4h_to_h": "post_attention_layernorm"},
+        "gemma2": {},  # a norm stands between
+        "gemma3": {},
+        "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
+        "mixtral": {"self_attn.o_proj": ""},  # the experts' outputs are summed up first
+        "qwen2 moe": {"self_attn.o_proj": ""},
+        "qwen3 moe": {"self_attn.o_proj": ""},
+        "opt": {"self_attn.out_proj": "", "fc2": "final_layer_norm"},
+        "opt 350m": {"self_attn.out_proj": "", "fc2": "fc1"},
+    }
+    model = layered(family)
+    for index in range(model.num_layers):
+        groups = model.linear_groups(model.load_layer(index), index)
+        found = {group.names[0]: group.stream for group in groups if group.stream is not None}
+        assert found == expected.get(family.name, llama)
 
 
 def test_every_expert_is_called_with_the_tokens_routed_to_it(tmp_path: Path) -> None:

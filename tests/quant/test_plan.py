@@ -7,6 +7,7 @@ import pytest
 from families import FAMILIES, save_family
 from lowbit.quant.config import QuantConfig
 from lowbit.quant.errors import CheckpointError, QuantError, SourceError
+from lowbit.quant.gptq import SolverConfig
 from lowbit.quant.pipeline import quantize
 from lowbit.quant.plan import Plan, Rates, describe, measure_rates, plan_model, plan_run
 from lowbit.server.cli import main
@@ -176,9 +177,15 @@ def test_memory_is_that_of_one_layer_and_the_text() -> None:
     assert some.peak_memory_bytes == sum(held(some).values())
     layer = 4 * 8192 * 8192 + 3 * 8192 * 22_016 + 2 * 8192
     assert held(some)["the decoder layer, fp32"] == 4 * layer
-    states = 4 * 16 * 512 * 8192
+    assert held(some)["the same at 16 bits"] == 2 * layer
+    states = 2 * 4 * 16 * 512 * 8192  # of the quantized model, and of the 16-bit one
     assert held(some)["activations between layers"] == states
-    more = plan(LLAMA_65B, num_sequences=64, sequence_length=512)
+    alone = plan(
+        LLAMA_65B, num_sequences=16, sequence_length=512, solver=SolverConfig(drift="none")
+    )
+    assert held(alone)["activations between layers"] == states // 2
+    assert held(alone)["the same at 16 bits"] == held(alone)["what the outputs lack"] == 0
+    more = plan(LLAMA_65B, num_sequences=64, sequence_length=512, activation_memory_bytes=8 * GIB)
     assert held(more)["activations between layers"] == 4 * states
     # One decoder layer at a time: twice the layers, hardly more memory.
     twice = LlamaConfig(**{**LLAMA_65B.to_dict(), "num_hidden_layers": 160})
