@@ -34,10 +34,7 @@ from .grid import Grid, GridSearch, round_scale
 
 BLOCK_SIZE = 128  # columns whose updates of the rest are applied together (paper, section 3.3)
 ROWS_AT_ONCE = 1024  # output features solved together: their blocks stay in the processor's cache
-# Weights that are rounded to nearest together: what torch leaves to one thread. With two, on a
-# busy machine, searching grids took 89 s instead of 2: each step waits for the second one.
-ROUNDED_AT_ONCE = 1 << 14
-MIN_ROUNDED_ROWS = 8  # where a group is longer than that
+ROUNDED_AT_ONCE = 1 << 22  # weights of a matrix that are rounded to nearest together
 MAX_DAMP_PERCENT = 1.0
 DAMP_STEP = 10.0
 ACT_ORDERS = ("static", "group", "none")
@@ -240,7 +237,7 @@ def round_to_nearest(
     shape = (num_groups(num_features, size), num_rows)
     codes = torch.empty(num_features, num_rows, dtype=torch.uint8)
     scales, zeros = torch.empty(shape, dtype=torch.float16), torch.empty(shape, dtype=torch.uint8)
-    height = max(MIN_ROUNDED_ROWS, ROUNDED_AT_ONCE // size)
+    height = max(1, min(ROWS_AT_ONCE, ROUNDED_AT_ONCE // size))
     for row in range(0, num_rows, height):
         part = slice(row, row + height)
         for group in range(shape[0]):
