@@ -253,15 +253,6 @@ def round_to_nearest(
     )
 
 
-def accumulate_hessian(hessian: Tensor, inputs: Tensor) -> None:
-    """hessian += inputs^T inputs, in place. [K, K] fp32, [..., K] fp32.
-
-    The sum is the paper's H up to a positive factor, which no result here depends on.
-    """
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    hessian.addmm_(rows.t(), rows)
-
-
 def factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
     """The damped inverse Hessian's upper Cholesky factor, in visiting order.
 
@@ -289,15 +280,6 @@ def factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
         f"the Hessian of its inputs is not positive definite even with damp_percent "
         f"{MAX_DAMP_PERCENT:g}"
     )
-
-
-def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """Squared output error over squared output, ||(W - Q) X||^2 / ||W X||^2. [N, K] twice, [K, K].
-
-    Computed from the undamped Hessian, independently of what the solver accounted for.
-    """
-    whole = _squared_output(weight, hessian)
-    return max(_squared_output(weight - quantized, hessian), 0.0) / whole if whole > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

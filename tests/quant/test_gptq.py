@@ -18,12 +18,11 @@ from lowbit.quant.gptq import (
     QuantizedWeight,
     Solution,
     SolverConfig,
-    accumulate_hessian,
     factorize,
-    relative_error,
     solve,
 )
 from lowbit.quant.grid import GridSearch
+from oracles import relative_error
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,9 +40,7 @@ def correlated_inputs(tokens: int, features: int, seed: int = 0) -> Tensor:
 
 
 def hessian_of(inputs: Tensor) -> Tensor:
-    hessian = torch.zeros(inputs.shape[-1], inputs.shape[-1])
-    accumulate_hessian(hessian, inputs)
-    return hessian
+    return inputs.t() @ inputs
 
 
 def seeded(*shape: int, seed: int) -> Tensor:
@@ -347,16 +344,6 @@ def test_packed_codes_are_the_solvers(bits: int, features: int, sym: bool) -> No
     assert torch.equal(dequantize(packed), solved.dequantize())
     assert packed.bias is bias
     assert torch.equal(solved.dequantize().double(), restored(solved))
-
-
-def test_hessian_matches_fp64_in_any_cut() -> None:
-    inputs = correlated_inputs(1000, 40).view(10, 100, 40)
-    expected = inputs.double().flatten(0, 1).t() @ inputs.double().flatten(0, 1)
-    for cut in (1, 3, 10):
-        hessian = torch.zeros(40, 40)
-        for batch in inputs.split(cut):
-            accumulate_hessian(hessian, batch)
-        torch.testing.assert_close(hessian.double(), expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("features", [1, 17, 130, 300])

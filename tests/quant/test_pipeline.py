@@ -18,11 +18,12 @@ from lowbit.quant.checkpoint import CheckpointReader
 from lowbit.quant.config import QuantConfig
 from lowbit.quant.errors import CheckpointError, QuantError
 from lowbit.quant.evaluate import compare, load_dequantized, load_reference
-from lowbit.quant.gptq import SolverConfig, relative_error, solve
+from lowbit.quant.gptq import SolverConfig, solve
 from lowbit.quant.layers import is_router
 from lowbit.quant.pipeline import quantize
 from lowbit.quant.report import PAGE_FILE, ModuleReport, QuantizeReport, read_report
 from lowbit.quant.source import load_source
+from oracles import relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
