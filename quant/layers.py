@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ class LayeredModel:
             assign(layer, name, stored if keeps else stored.to(torch.float32, copy=True))
         for linear in linears.values():
             if as_stored:
-                linear.forward = partial(_project_in_fp32, linear=linear)  # type: ignore[method-assign]
+                # A proxy: a cycle would keep the layer until the garbage collector comes by.
+                linear.forward = partial(_project_in_fp32, linear=weakref.proxy(linear))  # type: ignore[method-assign]
             else:
                 linear.weight.data = linear.weight.data.contiguous()  # GPT-2 stores them transposed
         self._source.release()
