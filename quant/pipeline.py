@@ -8,6 +8,7 @@ layers are written at once and survive the process: the same command goes on whe
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -352,6 +353,7 @@ class _Run:
             if self._ranks.is_first:
                 self._journal.write_layer(index, entry)
         self._clean(stores, index + 1)
+        _return_free_memory()
 
     def _clean(self, stores: Sequence[ActivationStore], layer: int) -> None:
         """Every process is done with the files of other layers."""
@@ -466,6 +468,15 @@ class _Totals:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.num_packed_bytes / self.num_weights if self.num_weights else 16.0
+
+
+def _return_free_memory() -> None:
+    """glibc keeps what was freed between blocks that live on, which in a run adds up: 2.16 GB after
+    eight layers of the 135M model and 64 sequences, 1.5 GB when it is given back.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _describe(reports: Sequence[ModuleReport]) -> str:
