@@ -63,7 +63,9 @@ class LayerPasses:
 
     def inputs(self, group: int) -> Iterator[Tensor]:
         """The group's input of every batch that reaches it, [..., K]. Groups come in order."""
-        return (inputs for inputs, _ in self.inputs_and_streams(group))
+        for taken in self.inputs_and_streams(group):
+            yield taken[0]
+            del taken  # one batch at a time
 
     def inputs_and_streams(self, group: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The same, and the input of the module that `streams` names for the group, if any."""
