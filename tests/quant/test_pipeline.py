@@ -644,7 +644,8 @@ def test_too_little_disk_space(
 
 @pytest.mark.slow
 def test_the_real_model(real_model_file: Path, tmp_path: Path) -> None:
-    report = quantize(str(real_model_file), tmp_path / "out", CONFIG, progress=False)
+    fewer = {"num_sequences": 8, "sequence_length": 256}
+    report = quantize(str(real_model_file), tmp_path / "out", CONFIG, progress=False, **fewer)
     source = load_source(str(real_model_file))
     held_out = calibration.token_batches(
         source.tokenizer, inspect.getsource(argparse), num_sequences=4, sequence_length=256, seed=0
