@@ -1,9 +1,10 @@
 """The driver: a 16-bit model in, a packed checkpoint out, one decoder layer at a time.
 
 Every Hessian is taken behind layers, and behind parts of the same layer, that are quantized
-already, so later codes make up for earlier errors. In memory at any time: one decoder layer in
-fp32, one Hessian and its factor, and the calibration batches' activations up to a limit. Finished
-layers are written at once and survive the process: the same command goes on where it was killed.
+already, and the 16-bit model passes beside them, so later codes make up for earlier errors. In
+memory at any time: one decoder layer in fp32, the same one as it is stored, one Hessian and its
+factor, and the calibration batches' activations up to a limit. Finished layers are written at once
+and survive the process: the same command goes on where it was killed.
 """
 
 from __future__ import annotations
