@@ -23,6 +23,7 @@ from lowbit.quant.report import ModuleReport, read_report
 from safetensors.torch import load_file, save_file
 
 NUM_LAYERS = 3
+LONG_RUN = 40  # layers of a run that a signal from outside must still find at work
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -538,7 +539,7 @@ def test_the_installed_command(
     tmp_path: Path,
 ) -> None:
     model, out, expected = (tmp_path / name for name in ("model", "run/out", "expected/out"))
-    save_source(model, **SIZES, num_hidden_layers=12)
+    save_source(model, **SIZES, num_hidden_layers=LONG_RUN)
     text = ["--calibration", str(inputs[1]), *SHORT]
     arguments = ["quantize", str(model), *text, "--group-size", "32"]
 
@@ -550,7 +551,7 @@ def test_the_installed_command(
 
     again = Command([*arguments, str(out)])
     assert again.end() == 0
-    assert b"of 12 layers are finished" in again.output
+    assert f"of {LONG_RUN} layers are finished".encode() in again.output
     assert launcher.run([*arguments, str(expected)])[0] == 0
     assert_same_result(out, expected)
 
@@ -560,7 +561,7 @@ def test_the_installed_command_is_interrupted(
     inputs: tuple[Path, Path], save_source: Callable[..., Any], tmp_path: Path
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "run" / "out"
-    save_source(model, **SIZES, num_hidden_layers=12)
+    save_source(model, **SIZES, num_hidden_layers=LONG_RUN)
     text = ["--calibration", str(inputs[1]), *SHORT]
     interrupted = Command(["quantize", str(model), str(out), *text, "--group-size", "32"])
     interrupted.read_until(b"model.layers.1.")
