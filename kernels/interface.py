@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +35,7 @@ class ForwardBatch:
 
     query_start: Tensor  # [B + 1] int32, first row of each sequence; the last entry is T
     context_lens: Tensor  # [B] int32, tokens in the cache once this step is done
-    block_tables: Tensor  # [B, max blocks] int32, padded with 0
+    block_tables: Tensor  # [B, max blocks] int32, padded with a block of the sequence
     slot_mapping: Tensor  # [T] int64, flat KV slot (block * block_size + offset) of each token
     logit_rows: Tensor  # [S] int64, rows of the step whose logits are wanted
     block_size: int  # tokens per block
@@ -125,6 +126,20 @@ class KernelBackend(Protocol):
             )
             for _ in range(num_layers)
         ]
+
+    def clear_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int]) -> None:
+        """Zero these blocks in all layers."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+        for cache in caches:
+            cache.keys.index_fill_(0, index, 0)
+            cache.values.index_fill_(0, index, 0)
+
+    def copy_blocks(self, caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (source, target) in all layers; no block is both source and target."""
+        source, target = torch.tensor(pairs, dtype=torch.int64, device=self.device).unbind(1)
+        for cache in caches:
+            cache.keys.index_copy_(0, target, cache.keys.index_select(0, source))
+            cache.values.index_copy_(0, target, cache.values.index_select(0, source))
 
     def rope_and_store(
         self,

@@ -31,7 +31,9 @@ class GenerationServiceStub(object):
 
     INVALID_ARGUMENT    the request can never be served
     UNIMPLEMENTED       the request holds a field that this server does not know
-    RESOURCE_EXHAUSTED  too many requests are waiting, or the message is too large
+    RESOURCE_EXHAUSTED  too many requests are waiting, this one waited too long, or the message is
+    too large
+    DEADLINE_EXCEEDED   the request's own deadline passed
     UNAVAILABLE         the server is shutting down
     INTERNAL            the server failed while it worked on the request
     """
@@ -60,7 +62,9 @@ class GenerationServiceServicer(object):
 
     INVALID_ARGUMENT    the request can never be served
     UNIMPLEMENTED       the request holds a field that this server does not know
-    RESOURCE_EXHAUSTED  too many requests are waiting, or the message is too large
+    RESOURCE_EXHAUSTED  too many requests are waiting, this one waited too long, or the message is
+    too large
+    DEADLINE_EXCEEDED   the request's own deadline passed
     UNAVAILABLE         the server is shutting down
     INTERNAL            the server failed while it worked on the request
     """
@@ -106,7 +110,9 @@ class GenerationService(object):
 
     INVALID_ARGUMENT    the request can never be served
     UNIMPLEMENTED       the request holds a field that this server does not know
-    RESOURCE_EXHAUSTED  too many requests are waiting, or the message is too large
+    RESOURCE_EXHAUSTED  too many requests are waiting, this one waited too long, or the message is
+    too large
+    DEADLINE_EXCEEDED   the request's own deadline passed
     UNAVAILABLE         the server is shutting down
     INTERNAL            the server failed while it worked on the request
     """

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 
 from ..proto import generation_pb2 as pb
 from ..proto import generation_pb2_grpc as pb_grpc
-from .types import ChatMessage, ChatRole, FinishReason
+from .types import ChatMessage, ChatRole, FinishReason, Priority
 
 RpcError = grpc.RpcError
 """What every call raises when it fails."""
@@ -31,6 +31,11 @@ _ROLES: Final[dict[ChatRole, pb.ChatRole]] = {
     "system": pb.CHAT_ROLE_SYSTEM,
     "user": pb.CHAT_ROLE_USER,
     "assistant": pb.CHAT_ROLE_ASSISTANT,
+}
+_PRIORITIES: Final = {
+    Priority.HIGH: pb.PRIORITY_HIGH,
+    Priority.NORMAL: pb.PRIORITY_NORMAL,
+    Priority.LOW: pb.PRIORITY_LOW,
 }
 _FINISH_REASONS: Final = {
     pb.FINISH_REASON_UNSPECIFIED: None,
@@ -81,6 +86,7 @@ class Usage:
     completion_tokens: int
     time_to_first_token_seconds: float  # from the request's arrival at the server
     duration_seconds: float  # from the request's arrival to its last token
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +143,8 @@ class Client:
         *,
         request_id: str = "",
         timeout_seconds: float | None = None,
+        priority: Priority = Priority.NORMAL,
+        deadline_seconds: float | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation:
         """Wait for the whole completion.
@@ -144,7 +152,7 @@ class Client:
         The server makes a request id where none is given. Past the timeout the server stops the
         generation, and this raises with DEADLINE_EXCEEDED.
         """
-        request = _request(prompt, request_id, sampling)
+        request = _request(prompt, request_id, priority, deadline_seconds, sampling)
         return _generation(self._generation.Generate(request, timeout=timeout_seconds))
 
     def stream(
@@ -153,6 +161,8 @@ class Client:
         *,
         request_id: str = "",
         timeout_seconds: float | None = None,
+        priority: Priority = Priority.NORMAL,
+        deadline_seconds: float | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generator[Delta, None, None]:
         """Yield the completion as it is made. The call starts with the first `next`.
@@ -160,7 +170,7 @@ class Client:
         Closing the generator cancels the call. A `for` loop over a generator that nothing else
         refers to closes it when left; hold it with `contextlib.closing` where that matters.
         """
-        request = _request(prompt, request_id, sampling)
+        request = _request(prompt, request_id, priority, deadline_seconds, sampling)
         call = self._generation.GenerateStream(request, timeout=timeout_seconds)
         try:
             for response in call:
@@ -214,6 +224,8 @@ class AsyncClient:
         *,
         request_id: str = "",
         timeout_seconds: float | None = None,
+        priority: Priority = Priority.NORMAL,
+        deadline_seconds: float | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation:
         """Wait for the whole completion; cancelling the task cancels the call.
@@ -221,7 +233,7 @@ class AsyncClient:
         The server makes a request id where none is given. Past the timeout the server stops the
         generation, and this raises with DEADLINE_EXCEEDED.
         """
-        request = _request(prompt, request_id, sampling)
+        request = _request(prompt, request_id, priority, deadline_seconds, sampling)
         return _generation(await self._generation.Generate(request, timeout=timeout_seconds))
 
     async def stream(
@@ -230,6 +242,8 @@ class AsyncClient:
         *,
         request_id: str = "",
         timeout_seconds: float | None = None,
+        priority: Priority = Priority.NORMAL,
+        deadline_seconds: float | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> AsyncGenerator[Delta, None]:
         """Yield the completion as it is made. The call starts with the first `anext`.
@@ -237,7 +251,7 @@ class AsyncClient:
         Closing the generator, or cancelling the task that iterates, cancels the call. Leaving an
         `async for` early closes it soon; hold it with `contextlib.aclosing` to close it there.
         """
-        request = _request(prompt, request_id, sampling)
+        request = _request(prompt, request_id, priority, deadline_seconds, sampling)
         call = self._generation.GenerateStream(request, timeout=timeout_seconds)
         try:
             async for response in call:
@@ -259,9 +273,19 @@ class AsyncClient:
             call.cancel()
 
 
-def _request(prompt: Prompt, request_id: str, sampling: SamplingOptions) -> pb.GenerateRequest:
-    params = pb.SamplingParams(**sampling)
-    request = pb.GenerateRequest(request_id=request_id, sampling=params)
+def _request(
+    prompt: Prompt,
+    request_id: str,
+    priority: Priority,
+    deadline_seconds: float | None,
+    sampling: SamplingOptions,
+) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(
+        request_id=request_id,
+        sampling=pb.SamplingParams(**sampling),
+        priority=_PRIORITIES[priority],
+        deadline_seconds=deadline_seconds,
+    )
     if isinstance(prompt, str):
         request.text = prompt
         return request
@@ -308,6 +332,7 @@ def _usage(usage: pb.Usage) -> Usage:
         completion_tokens=usage.completion_tokens,
         time_to_first_token_seconds=usage.time_to_first_token_seconds,
         duration_seconds=usage.duration_seconds,
+        cached_tokens=usage.cached_tokens,
     )
 
 

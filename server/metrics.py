@@ -10,7 +10,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from .types import CannotListen, StepStats
 
-RequestEnd = Literal["stop", "length", "cancelled", "error", "invalid", "queue_full", "draining"]
+RequestEnd = Literal[
+    "stop",
+    "length",
+    "cancelled",
+    "deadline",
+    "error",
+    "invalid",
+    "queue_full",
+    "queue_timeout",
+    "draining",
+]
 """How a request ended: finished, cut short, or refused."""
 
 # fmt: off

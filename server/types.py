@@ -13,6 +13,8 @@ MAX_STOP_STRING_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_CHAT_MESSAGES = 1024
 MAX_REQUEST_ID_CHARACTERS = 128
+MAX_TENANT_CHARACTERS = 128
+MAX_SAMPLES = 16
 
 
 class LowbitError(Exception):
@@ -25,6 +27,14 @@ class InvalidRequest(LowbitError):
 
 class QueueFull(LowbitError):
     """The waiting queue is at its bound; the same request may succeed later."""
+
+
+class QueueTimeout(LowbitError):
+    """The request waited for max_queue_seconds without being started."""
+
+
+class DeadlineExceeded(LowbitError):
+    """The request's own deadline passed before it was finished."""
 
 
 class Draining(LowbitError):
@@ -55,8 +65,43 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens reached
-    CANCELLED = "cancelled"  # the caller went away or its deadline passed
+    CANCELLED = "cancelled"  # the caller went away
+    DEADLINE = "deadline"  # its deadline passed, waiting or running
+    QUEUE_TIMEOUT = "queue_timeout"  # it waited too long without being started
     ERROR = "error"  # the engine failed
+
+
+class Priority(enum.IntEnum):
+    """Strict classes: a waiting request of a smaller number goes first, always."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulingParams:
+    """When a request runs. Raises InvalidRequest when out of range."""
+
+    priority: Priority = Priority.NORMAL
+    # Who pays for the tokens and shares cached prompts. Set by the server, never by the caller.
+    tenant: str = ""
+    deadline_seconds: float | None = None  # from the request's arrival at the engine
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.tenant) <= MAX_TENANT_CHARACTERS,
+            "tenant",
+            f"a string of {len(self.tenant)} characters",
+            f"may have at most {MAX_TENANT_CHARACTERS}",
+        )
+        if self.deadline_seconds is not None:
+            _require(
+                math.isfinite(self.deadline_seconds) and self.deadline_seconds > 0,
+                "deadline_seconds",
+                self.deadline_seconds,
+                "must be positive",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +114,7 @@ class SamplingParams:
     min_p: float = 0.0  # in [0, 1], relative to the most likely token
     seed: int | None = None  # None draws one; the same seed gives the same tokens
     max_tokens: int | None = None  # None: DEFAULT_MAX_TOKENS, or less where less fits
+    n: int = 1  # completions of the same prompt, each with a seed of its own
     stop: tuple[str, ...] = ()  # the text layer ends the sequence on these
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -87,6 +133,7 @@ class SamplingParams:
             _require(0 <= self.seed < 1 << 63, "seed", self.seed, "must lie in [0, 2**63)")
         if self.max_tokens is not None:
             _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
+        _require(1 <= self.n <= MAX_SAMPLES, "n", self.n, f"must lie in [1, {MAX_SAMPLES}]")
         _require(
             len(self.stop) <= MAX_STOP_STRINGS,
             "stop",
@@ -108,15 +155,23 @@ class SamplingParams:
         )
 
 
+DEFAULT_SCHEDULING = SchedulingParams()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenOutput:
-    """One step's news of one request; the last one carries a finish reason."""
+    """One token of one sample; the sample's last one carries a finish reason.
+
+    A step may give several of them for a sample, in order.
+    """
 
     request_id: str
+    index: int = 0  # which of the request's n samples
     token_id: int | None  # None when the request ended without a new token
     logprob: float = 0.0  # of token_id under the model's own distribution (temperature 1)
     finish_reason: FinishReason | None = None
-    error: str = ""  # set when finish_reason is ERROR
+    error: str = ""  # why, when the sample ended without a token
+    num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +184,8 @@ class StepStats:
     num_prompt_tokens: int  # prompt tokens computed for the first time
     num_generation_tokens: int
     num_preemptions: int
+    num_prefix_queried_tokens: int = 0  # of the sequences admitted, to be computed or found
+    num_prefix_hit_tokens: int = 0  # of them, found in the prefix cache
 
 
 def _require(holds: bool, field: str, value: object, limit: str) -> None:

@@ -15,11 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..types import (
+    DEFAULT_SCHEDULING,
     Draining,
     EngineFailed,
     InvalidRequest,
     LowbitError,
     SamplingParams,
+    SchedulingParams,
     StepStats,
     TokenOutput,
 )
@@ -110,7 +112,11 @@ class AsyncEngine:
         await self._idle.wait()
 
     async def generate(
-        self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        scheduling: SchedulingParams = DEFAULT_SCHEDULING,
     ) -> AsyncGenerator[TokenOutput, None]:
         """One TokenOutput per token; the last one has a finish reason.
 
@@ -123,7 +129,7 @@ class AsyncEngine:
             raise EngineFailed("the engine is not running")
         if request_id in self._requests:
             raise InvalidRequest(f"request_id is {request_id!r}; it is already in use")
-        sequence = self._engine.new_sequence(request_id, prompt_token_ids, params)
+        sequence = self._engine.new_sequence(request_id, prompt_token_ids, params, scheduling)
         news: asyncio.Queue[_News] = asyncio.Queue()
         self._requests[request_id] = news
         self._idle.clear()

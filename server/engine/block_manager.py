@@ -42,6 +42,16 @@ class BlockManager:
             raise NoFreeBlocks(f"{missing} blocks needed, {len(self._free)} free")
         sequence.block_table.extend(self._free.pop() for _ in range(missing))
 
+    def growable_tokens(self, sequence: Sequence) -> int:
+        """How many tokens the block table could hold with all blocks that are free now."""
+        return (len(sequence.block_table) + len(self._free)) * self.block_size
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back the blocks behind the last known token."""
+        kept = self.blocks_for(sequence.num_tokens)
+        self._free.extend(reversed(sequence.block_table[kept:]))
+        del sequence.block_table[kept:]
+
     def release(self, sequence: Sequence) -> None:
         """Give all blocks of the sequence back."""
         self._free.extend(reversed(sequence.block_table))

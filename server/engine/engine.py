@@ -10,15 +10,17 @@ from typing import Protocol
 from ..config import EngineConfig
 from ..types import (
     DEFAULT_MAX_TOKENS,
+    DEFAULT_SCHEDULING,
     FinishReason,
     InvalidRequest,
     SamplingParams,
+    SchedulingParams,
     StepStats,
     TokenOutput,
 )
 from .block_manager import BlockManager
 from .scheduler import Scheduler, SchedulerOutput
-from .sequence import SampledToken, Sequence
+from .sequence import Sequence, SequenceResult
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Runner(Protocol):
     """What the engine needs of a ModelRunner."""
 
-    def execute(self, output: SchedulerOutput) -> list[SampledToken]: ...
+    def execute(self, output: SchedulerOutput) -> list[SequenceResult]: ...
 
 
 class LLMEngine:
@@ -57,12 +59,20 @@ class LLMEngine:
         return self.scheduler.has_work
 
     def new_sequence(
-        self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        scheduling: SchedulingParams = DEFAULT_SCHEDULING,
     ) -> Sequence:
         """Check a request against the limits. Touches no engine state, so any thread may call it.
 
         Raises InvalidRequest.
         """
+        if params.n > 1:
+            raise InvalidRequest(f"n is {params.n}; this engine makes 1 completion")
+        if scheduling.deadline_seconds is not None:
+            raise InvalidRequest("deadline_seconds is set; this engine has no deadlines")
         max_tokens = self._max_tokens(len(prompt_token_ids), params)
         self._check_token_ids("prompt", prompt_token_ids)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
@@ -75,6 +85,9 @@ class LLMEngine:
             params=params,
             stop_token_ids=eos | frozenset(params.stop_token_ids),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
+            priority=scheduling.priority,
+            tenant=scheduling.tenant,
+            deadline_seconds=scheduling.deadline_seconds,
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -98,11 +111,11 @@ class LLMEngine:
             if s.yields_token and s.num_completion_tokens == 0
         ]
         try:
-            tokens = self.runner.execute(output) if output.sequences else []
+            results = self.runner.execute(output) if output.sequences else []
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(output.sequences))
             return self._fail(output, error)
-        news = self.scheduler.update(output, tokens)
+        news = self.scheduler.update(output, results)
         self.last_step = self._stats(sum(finished_prompts), len(news), output.num_preemptions)
         return news
 

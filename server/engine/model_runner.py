@@ -10,7 +10,7 @@ from ...kernels.interface import ForwardBatch
 from ..model.decoder import Decoder
 from .sampler import Sampler
 from .scheduler import SchedulerOutput
-from .sequence import SampledToken, Sequence
+from .sequence import Sequence, SequenceResult
 
 
 class ModelRunner:
@@ -24,11 +24,12 @@ class ModelRunner:
         self.sampler = Sampler()
 
     @torch.inference_mode()
-    def execute(self, output: SchedulerOutput) -> list[SampledToken]:
-        """Compute the scheduled tokens; one sampled token per sequence that yields one."""
+    def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
+        """Compute the scheduled tokens; one result per sequence that yields."""
+        self._prepare_blocks(output)
         sequences = output.sequences
         device = self.model.backend.device
-        ids = [token for sequence in sequences for token in _scheduled(sequence)]
+        ids = [token for sequence in sequences for token in sequence.scheduled_token_ids]
         positions = [p for sequence in sequences for p in _scheduled_positions(sequence)]
         logits = self.model.forward(
             torch.tensor(ids, device=device),
@@ -39,15 +40,24 @@ class ModelRunner:
         yielding = [sequence for sequence in sequences if sequence.yields_token]
         return self.sampler.sample(logits, yielding) if yielding else []
 
+    def _prepare_blocks(self, output: SchedulerOutput) -> None:
+        if output.blocks_to_clear:
+            self.model.backend.clear_blocks(self.kv_caches, output.blocks_to_clear)
+        if output.block_copies:
+            self.model.backend.copy_blocks(self.kv_caches, output.block_copies)
+
     def _forward_batch(self, sequences: list[Sequence]) -> ForwardBatch:
         device = self.model.backend.device
         starts = [0, *accumulate(sequence.num_scheduled_tokens for sequence in sequences)]
         contexts = [s.num_cached_tokens + s.num_scheduled_tokens for s in sequences]
         widest = max(len(sequence.block_table) for sequence in sequences)
-        tables = [s.block_table + [0] * (widest - len(s.block_table)) for s in sequences]
+        # Padded with a block of the sequence's own: numbers that are not finite stay with it.
+        tables = [
+            s.block_table + s.block_table[-1:] * (widest - len(s.block_table)) for s in sequences
+        ]
         slots = [slot for sequence in sequences for slot in self._slots(sequence)]
         ends = zip(sequences, starts[1:], strict=True)
-        logit_rows = [end - 1 for sequence, end in ends if sequence.yields_token]
+        logit_rows = [row for s, end in ends for row in range(end - s.num_logit_rows, end)]
         return ForwardBatch(
             query_start=torch.tensor(starts, dtype=torch.int32, device=device),
             context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
@@ -66,8 +76,3 @@ class ModelRunner:
 def _scheduled_positions(sequence: Sequence) -> range:
     first = sequence.num_cached_tokens
     return range(first, first + sequence.num_scheduled_tokens)
-
-
-def _scheduled(sequence: Sequence) -> list[int]:
-    positions = _scheduled_positions(sequence)
-    return sequence.token_ids[positions.start : positions.stop]

@@ -1,4 +1,4 @@
-"""Logits in, one token per sequence out. Each sequence draws from its own generator."""
+"""Logits in, a result per sequence out. Each sequence draws from its own generator."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import torch
 from torch import Tensor
 
 from ..types import SamplingParams
-from .sequence import SampledToken, Sequence
+from .sequence import SampledToken, Sequence, SequenceResult
 
 
 class Sampler:
     """A draw depends on (seed, number of the token) alone: not on the batch, not on preemption."""
 
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SequenceResult]:
         """logits [S, vocabulary] float32, one row per sequence."""
+        normalizers = logits.logsumexp(dim=-1)  # [S]; finite where no logit is NaN or infinite
+        finite = torch.isfinite(normalizers).tolist()
+        logits = logits if all(finite) else torch.nan_to_num(logits)
         greedy = logits.argmax(dim=-1).tolist()
         tokens = [
             greedy[row] if sequence.params.temperature == 0 else _draw(logits[row], sequence)
             for row, sequence in enumerate(sequences)
         ]
         chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-        logprobs = (chosen - logits.logsumexp(dim=-1)).tolist()
-        return [SampledToken(*pair) for pair in zip(tokens, logprobs, strict=True)]
+        logprobs = (chosen - normalizers).tolist()
+        return [
+            SequenceResult((SampledToken(token, logprob),))
+            if is_finite
+            else SequenceResult(error="the model's logits are not finite numbers")
+            for token, logprob, is_finite in zip(tokens, logprobs, finite, strict=True)
+        ]
 
 
 def _draw(logits: Tensor, sequence: Sequence) -> int:

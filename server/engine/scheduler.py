@@ -10,35 +10,56 @@ the cache alone, so every step makes progress.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from ..types import FinishReason, QueueFull, TokenOutput
 from .block_manager import BlockManager
-from .sequence import SampledToken, Sequence, SequenceStatus
+from .sequence import SampledToken, Sequence, SequenceResult, SequenceStatus
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """The sequences of one step; each has `num_scheduled_tokens` set."""
+    """The sequences of one step; each has `num_scheduled_tokens` set.
+
+    Before the forward pass, in this order: `blocks_to_clear` are zeroed, then each pair of
+    `block_copies` is copied, source to target.
+    """
 
     sequences: list[Sequence]
     num_preemptions: int
+    blocks_to_clear: list[int] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    ended: list[TokenOutput] = field(default_factory=list)  # ended while they waited or ran
 
     @property
     def num_tokens(self) -> int:
         return sum(sequence.num_scheduled_tokens for sequence in self.sequences)
 
 
+class Drafter(Protocol):
+    """Guesses what a sequence will say next, to be verified in one step."""
+
+    def propose(self, sequence: Sequence, num_running: int, max_draft_tokens: int) -> list[int]:
+        """At most `max_draft_tokens` tokens to follow the last known one; none is always right."""
+
+    def observe(self, sequence: Sequence, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        """How a proposal fared."""
+
+
 class Scheduler:
     def __init__(
         self,
         block_manager: BlockManager,
+        drafter: Drafter | None = None,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_queued_requests: int,
     ) -> None:
         self.block_manager = block_manager
+        self.drafter = drafter
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_queued_requests = max_queued_requests
@@ -68,6 +89,7 @@ class Scheduler:
         scheduled: list[Sequence] = []
         num_preemptions = self._schedule_decodes(scheduled)
         budget = self.max_num_batched_tokens - len(scheduled)
+        budget -= self._add_drafts(budget, scheduled)
         for sequence in self._running:
             # All blocks of an admitted prompt are its own already, so this needs no room.
             if budget > 0 and sequence.num_scheduled_tokens == 0:
@@ -76,16 +98,20 @@ class Scheduler:
             self._admit(budget, scheduled)
         return SchedulerOutput(scheduled, num_preemptions)
 
-    def update(self, output: SchedulerOutput, tokens: list[SampledToken]) -> list[TokenOutput]:
-        """Record what the step computed. `tokens` holds one entry per sequence that yields one."""
-        sampled = iter(tokens)
-        news = []
+    def update(
+        self, output: SchedulerOutput, results: SequenceOf[SequenceResult]
+    ) -> list[TokenOutput]:
+        """Record what the step computed. `results` has one entry per sequence that yields."""
+        remaining = iter(results)
+        news: list[TokenOutput] = []
         for sequence in output.sequences:
-            yields_token = sequence.yields_token
-            sequence.num_cached_tokens += sequence.num_scheduled_tokens
+            result = next(remaining) if sequence.yields_token else None
+            drafts = sequence.draft_token_ids
+            sequence.num_cached_tokens += sequence.num_scheduled_tokens - len(drafts)
             sequence.num_scheduled_tokens = 0
-            if yields_token:
-                news.append(self._append(sequence, next(sampled)))
+            sequence.draft_token_ids = []
+            if result is not None:
+                self._take(sequence, drafts, result, news)
         return news
 
     def finish(self, request_id: str) -> None:
@@ -158,6 +184,59 @@ class Scheduler:
             sequence.status = SequenceStatus.RUNNING
             self.block_manager.grow(sequence, sequence.num_tokens)
             budget -= _schedule_chunk(sequence, budget, scheduled)
+
+    def _add_drafts(self, budget: int, scheduled: list[Sequence]) -> int:
+        """Draft tokens for the sequences that decode, where budget and blocks are left over."""
+        if self.drafter is None:
+            return 0
+        used = 0
+        for sequence in scheduled:
+            room = min(
+                budget - used,
+                sequence.max_tokens - sequence.num_completion_tokens - 1,
+                self.block_manager.growable_tokens(sequence) - sequence.num_tokens,
+            )
+            drafts = self.drafter.propose(sequence, len(self._running), room) if room > 0 else []
+            assert len(drafts) <= max(0, room)
+            sequence.draft_token_ids = drafts
+            sequence.num_scheduled_tokens += len(drafts)
+            self.block_manager.grow(sequence, sequence.num_tokens + len(drafts))
+            used += len(drafts)
+        return used
+
+    def _take(
+        self,
+        sequence: Sequence,
+        drafts: list[int],
+        result: SequenceResult,
+        news: list[TokenOutput],
+    ) -> None:
+        """Append the tokens until one ends the sequence; slots of rejected drafts are given up."""
+        if result.error:
+            news.append(self._fail(sequence, result.error))
+            return
+        num_accepted = len(result.tokens) - 1
+        assert [token.token_id for token in result.tokens[:-1]] == drafts[:num_accepted]
+        if drafts:
+            assert self.drafter is not None
+            self.drafter.observe(sequence, len(drafts), num_accepted)
+        sequence.num_cached_tokens += num_accepted
+        for token in result.tokens:
+            news.append(self._append(sequence, token))
+            if sequence.status is SequenceStatus.FINISHED:
+                return
+        if drafts:
+            self.block_manager.trim(sequence)
+
+    def _fail(self, sequence: Sequence, error: str) -> TokenOutput:
+        self.finish(sequence.request_id)
+        return TokenOutput(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            token_id=None,
+            finish_reason=FinishReason.ERROR,
+            error=error,
+        )
 
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
         sequence.token_ids.append(token.token_id)

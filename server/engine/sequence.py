@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from ..types import SamplingParams
+from ..types import Priority, SamplingParams
 
 
 class SequenceStatus(enum.Enum):
@@ -20,12 +20,24 @@ class SampledToken:
     logprob: float  # under the model's own distribution, before temperature and cuts
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceResult:
+    """What a step gave a sequence that yields: 1 to 1 + number of its draft tokens, or an error.
+
+    All tokens but the last equal the draft tokens at their places: those are verified, and the
+    last one follows them.
+    """
+
+    tokens: tuple[SampledToken, ...] = ()
+    error: str = ""  # the sequence ends with ERROR, for example on logits that are not numbers
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Tokens known so far and how many of them have keys and values in the cache.
 
-    A step computes `num_scheduled_tokens` tokens from `num_cached_tokens` on. It yields a new
-    token only when it reaches the last known one.
+    A step computes `num_scheduled_tokens` tokens from `num_cached_tokens` on: known ones, then
+    draft tokens. It yields new tokens only when it reaches the last known one.
     """
 
     request_id: str
@@ -35,11 +47,20 @@ class Sequence:
     params: SamplingParams
     stop_token_ids: frozenset[int]  # end-of-sequence tokens included, unless ignored
     seed: int
+    index: int = 0  # which of the request's n samples
+    siblings: tuple[Sequence, ...] = ()  # of sample 0: the samples that wait for its prompt
+    priority: Priority = Priority.NORMAL
+    tenant: str = ""
+    deadline_seconds: float | None = None  # from its arrival
+    reads_prefix_cache: bool = True  # False computes every prompt token, for example for logprobs
     status: SequenceStatus = SequenceStatus.WAITING
     block_table: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
-    num_scheduled_tokens: int = 0
+    num_scheduled_tokens: int = 0  # draft tokens included
+    draft_token_ids: list[int] = field(default_factory=list)  # guessed, verified by the step
     num_preemptions: int = 0
+    # Whatever the sampler keeps from token to token. It outlives a preemption, not the sequence.
+    sampler_state: object = None
 
     @property
     def num_tokens(self) -> int:
@@ -54,6 +75,20 @@ class Sequence:
         return len(self.token_ids) - self.num_cached_tokens
 
     @property
+    def scheduled_token_ids(self) -> list[int]:
+        """What the step computes, `num_scheduled_tokens` of them: known tokens, then drafts."""
+        first = self.num_cached_tokens
+        num_known = self.num_scheduled_tokens - len(self.draft_token_ids)
+        return self.token_ids[first : first + num_known] + self.draft_token_ids
+
+    @property
     def yields_token(self) -> bool:
         """Whether the scheduled step reaches the last known token."""
-        return self.num_cached_tokens + self.num_scheduled_tokens == self.num_tokens
+        num_known = self.num_scheduled_tokens - len(self.draft_token_ids)
+        return self.num_cached_tokens + num_known == len(self.token_ids)
+
+    @property
+    def num_logit_rows(self) -> int:
+        """The last rows of the step's tokens whose logits it needs: the last known token's, and
+        one for each draft token."""
+        return 1 + len(self.draft_token_ids) if self.yields_token else 0

@@ -12,7 +12,9 @@ from ..types import (
     ChatRole,
     FinishReason,
     InvalidRequest,
+    Priority,
     SamplingParams,
+    SchedulingParams,
 )
 
 FINISH_REASONS: Final = {
@@ -23,6 +25,12 @@ _ROLES: Final[dict[int, ChatRole]] = {
     pb.CHAT_ROLE_SYSTEM: "system",
     pb.CHAT_ROLE_USER: "user",
     pb.CHAT_ROLE_ASSISTANT: "assistant",
+}
+_PRIORITIES: Final = {
+    pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
+    pb.PRIORITY_HIGH: Priority.HIGH,
+    pb.PRIORITY_NORMAL: Priority.NORMAL,
+    pb.PRIORITY_LOW: Priority.LOW,
 }
 
 
@@ -74,4 +82,16 @@ def sampling_params_of(sampling: pb.SamplingParams) -> SamplingParams:
     given = {field.name: value for field, value in sampling.ListFields() if not field.is_repeated}
     return SamplingParams(
         **given, stop=tuple(sampling.stop), stop_token_ids=tuple(sampling.stop_token_ids)
+    )
+
+
+def scheduling_params_of(request: pb.GenerateRequest, tenant: str = "") -> SchedulingParams:
+    """What is set, the rest at its default. Raises InvalidRequest."""
+    if request.priority not in _PRIORITIES:
+        known = ", ".join(f"{number} ({each.name})" for number, each in _PRIORITIES.items())
+        raise InvalidRequest(f"priority is {int(request.priority)}; it must be one of {known}")
+    return SchedulingParams(
+        priority=_PRIORITIES[request.priority],
+        tenant=tenant,
+        deadline_seconds=request.deadline_seconds if request.HasField("deadline_seconds") else None,
     )

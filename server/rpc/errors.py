@@ -9,7 +9,14 @@ from typing import Final
 import grpc
 
 from ..metrics import RequestEnd
-from ..types import Draining, EngineFailed, InvalidRequest, QueueFull
+from ..types import (
+    DeadlineExceeded,
+    Draining,
+    EngineFailed,
+    InvalidRequest,
+    QueueFull,
+    QueueTimeout,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +39,8 @@ _TABLE: Final[dict[type[Exception], tuple[grpc.StatusCode, RequestEnd]]] = {
     InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "invalid"),
     UnsupportedField: (grpc.StatusCode.UNIMPLEMENTED, "invalid"),
     QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "queue_full"),
+    QueueTimeout: (grpc.StatusCode.RESOURCE_EXHAUSTED, "queue_timeout"),
+    DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, "deadline"),
     Draining: (grpc.StatusCode.UNAVAILABLE, "draining"),
 }
 

@@ -22,10 +22,18 @@ from ..types import (
     InvalidRequest,
     QueueFull,
     SamplingParams,
+    SchedulingParams,
     TokenOutput,
 )
 from .completion import Completion, whole
-from .convert import chat_of, new_request_id, request_id_of, sampling_params_of, token_ids_of
+from .convert import (
+    chat_of,
+    new_request_id,
+    request_id_of,
+    sampling_params_of,
+    scheduling_params_of,
+    token_ids_of,
+)
 from .errors import describe
 from .wire import parse_request
 
@@ -52,7 +60,11 @@ class Engine(Protocol):
     async def wait_idle(self) -> None: ...
 
     def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        scheduling: SchedulingParams = ...,
     ) -> AsyncGenerator[TokenOutput, None]: ...
 
 
@@ -149,12 +161,14 @@ class GenerationServicer:
         self, request_id: str, request: pb.GenerateRequest, observer: RequestObserver, send: _Send
     ) -> RequestEnd:
         params = sampling_params_of(request.sampling)
+        scheduling = scheduling_params_of(request)
         token_ids = await self._encode(request)
         # An answer in a chat is a text of its own; a completion goes on where its prompt ends.
         context = () if request.HasField("chat") else token_ids
         detokenizer = self._tokenizer.detokenizer(params.stop, context)
         completion = Completion(request_id, len(token_ids), detokenizer, observer)
-        async with aclosing(self._engine.generate(request_id, token_ids, params)) as outputs:
+        generation = self._engine.generate(request_id, token_ids, params, scheduling)
+        async with aclosing(generation) as outputs:
             async for output in outputs:
                 await send(completion.add(output))
                 if completion.end is not None:

@@ -12,7 +12,7 @@ from lowbit.server.config import EngineConfig
 from lowbit.server.engine.async_engine import AsyncEngine
 from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.engine.scheduler import SchedulerOutput
-from lowbit.server.engine.sequence import SampledToken
+from lowbit.server.engine.sequence import SampledToken, SequenceResult
 from lowbit.server.types import (
     Draining,
     EngineFailed,
@@ -34,13 +34,15 @@ class CountingRunner:
         self.gate.set()
         self.fail_next = False
 
-    def execute(self, output: SchedulerOutput) -> list[SampledToken]:
+    def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
         assert self.gate.wait(10)
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("injected")
         yielding = [sequence for sequence in output.sequences if sequence.yields_token]
-        return [SampledToken(s.num_completion_tokens + 1, -0.5) for s in yielding]
+        return [
+            SequenceResult((SampledToken(s.num_completion_tokens + 1, -0.5),)) for s in yielding
+        ]
 
 
 class Harness:

@@ -16,7 +16,7 @@ NUM_DRAWS = 4000
 
 def draw(params: SamplingParams, seed: int) -> int:
     sequence = Sequence("r", [0], 1, 1, params, frozenset(), seed)
-    return Sampler().sample(LOGITS[None], [sequence])[0].token_id
+    return Sampler().sample(LOGITS[None], [sequence])[0].tokens[0].token_id
 
 
 def expected_distribution(params: SamplingParams) -> list[float]:

@@ -12,7 +12,7 @@ from lowbit.server.config import EngineConfig
 from lowbit.server.engine.block_manager import BlockManager, NoFreeBlocks
 from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.engine.scheduler import SchedulerOutput
-from lowbit.server.engine.sequence import SampledToken, Sequence
+from lowbit.server.engine.sequence import SampledToken, Sequence, SequenceResult
 from lowbit.server.types import FinishReason, InvalidRequest, QueueFull, SamplingParams
 
 VOCAB = 50
@@ -31,7 +31,7 @@ class CacheCheckingRunner:
         self.slots: dict[int, tuple[int, int]] = {}
         self.fail_next = False
 
-    def execute(self, output: SchedulerOutput) -> list[SampledToken]:
+    def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("injected")
@@ -43,7 +43,7 @@ class CacheCheckingRunner:
                     sequence.token_ids[position],
                 )
         return [
-            SampledToken(self._next_token(sequence), 0.0)
+            SequenceResult((SampledToken(self._next_token(sequence), 0.0),))
             for sequence in output.sequences
             if sequence.yields_token
         ]

@@ -15,7 +15,7 @@ from lowbit.server.config import ServerConfig
 from lowbit.server.engine.async_engine import AsyncEngine
 from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.engine.scheduler import SchedulerOutput
-from lowbit.server.engine.sequence import SampledToken, Sequence
+from lowbit.server.engine.sequence import SampledToken, Sequence, SequenceResult
 from lowbit.server.metrics import Metrics
 from lowbit.server.rpc import server as server_module
 from lowbit.server.rpc.server import GenerationServer
@@ -75,14 +75,18 @@ class RecitingRunner:
         self._gated = False
         self._permits.release()
 
-    def execute(self, output: SchedulerOutput) -> list[SampledToken]:
+    def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
         if self._gated:
             self._permits.acquire()
         self.num_steps += 1
         time.sleep(self.step_seconds)
         if self.fails:
             raise RuntimeError("no such luck")
-        return [SampledToken(self._token(s), -0.5) for s in output.sequences if s.yields_token]
+        return [
+            SequenceResult((SampledToken(self._token(s), -0.5),))
+            for s in output.sequences
+            if s.yields_token
+        ]
 
     def _token(self, sequence: Sequence) -> int:
         position = sequence.num_completion_tokens
