@@ -49,6 +49,11 @@ class CannotListen(LowbitError):
     """The server's address is in use, or not this machine's. The text names it and says why."""
 
 
+def _require(holds: bool, field: str, value: object, limit: str) -> None:
+    if not holds:
+        raise InvalidRequest(f"{field} is {value}; it {limit}")
+
+
 ChatRole = Literal["system", "user", "assistant"]
 
 
@@ -186,8 +191,3 @@ class StepStats:
     num_preemptions: int
     num_prefix_queried_tokens: int = 0  # of the sequences admitted, to be computed or found
     num_prefix_hit_tokens: int = 0  # of them, found in the prefix cache
-
-
-def _require(holds: bool, field: str, value: object, limit: str) -> None:
-    if not holds:
-        raise InvalidRequest(f"{field} is {value}; it {limit}")
