@@ -24,19 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dlowbit/proto/generation.proto\x12\tlowbit.v1\"\x92\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.lowbit.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.lowbit.v1.ChatH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.lowbit.v1.SamplingParams\x12%\n\x08priority\x18\x06 \x01(\x0e\x32\x13.lowbit.v1.Priority\x12\x1d\n\x10\x64\x65\x61\x64line_seconds\x18\x07 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06promptB\x13\n\x11_deadline_seconds\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.lowbit.v1.ChatMessage\"A\n\x0b\x43hatMessage\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.lowbit.v1.ChatRole\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xbc\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\x05H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x04\n\x02_n\"\xe7\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12$\n\x06tokens\x18\x03 \x03(\x0b\x32\x14.lowbit.v1.TokenInfo\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.lowbit.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.lowbit.v1.Usage\x12\r\n\x05index\x18\x06 \x01(\r\x12+\n\x06others\x18\x07 \x03(\x0b\x32\x1b.lowbit.v1.GenerateResponse\"(\n\tTokenInfo\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x8f\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12#\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01\x12\x18\n\x10\x64uration_seconds\x18\x04 \x01(\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\r*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x10\n\x0cPRIORITY_LOW\x10\x03*h\n\x08\x43hatRole\x12\x19\n\x15\x43HAT_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43HAT_ROLE_SYSTEM\x10\x01\x12\x12\n\x0e\x43HAT_ROLE_USER\x10\x02\x12\x17\n\x13\x43HAT_ROLE_ASSISTANT\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa5\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x1a.lowbit.v1.GenerateRequest\x1a\x1b.lowbit.v1.GenerateResponse\x12K\n\x0eGenerateStream\x12\x1a.lowbit.v1.GenerateRequest\x1a\x1b.lowbit.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dlowbit/proto/generation.proto\x12\tlowbit.v1\"\x92\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.lowbit.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.lowbit.v1.ChatH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.lowbit.v1.SamplingParams\x12%\n\x08priority\x18\x06 \x01(\x0e\x32\x13.lowbit.v1.Priority\x12\x1d\n\x10\x64\x65\x61\x64line_seconds\x18\x07 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06promptB\x13\n\x11_deadline_seconds\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.lowbit.v1.ChatMessage\"A\n\x0b\x43hatMessage\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.lowbit.v1.ChatRole\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xe9\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\n\x88\x01\x01\x12<\n\nlogit_bias\x18\x0e \x03(\x0b\x32(.lowbit.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x03(\r\x12\x17\n\nmin_tokens\x18\x10 \x01(\x05H\x0b\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x11 \x01(\x05H\x0c\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\x05H\r\x88\x01\x01\x12\x18\n\x0bjson_schema\x18\x13 \x01(\tH\x0e\x88\x01\x01\x12\x12\n\x05regex\x18\x14 \x01(\tH\x0f\x88\x01\x01\x12\x14\n\x07grammar\x18\x15 \x01(\tH\x10\x88\x01\x01\x12\x0e\n\x06\x63hoice\x18\x16 \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\x0f\n\r_top_logprobsB\x12\n\x10_prompt_logprobsB\x0e\n\x0c_json_schemaB\x08\n\x06_regexB\n\n\x08_grammar\"\x94\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12$\n\x06tokens\x18\x03 \x03(\x0b\x32\x14.lowbit.v1.TokenInfo\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.lowbit.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.lowbit.v1.Usage\x12\r\n\x05index\x18\x06 \x01(\r\x12+\n\x06others\x18\x07 \x03(\x0b\x32\x1b.lowbit.v1.GenerateResponse\x12+\n\rprompt_tokens\x18\x08 \x03(\x0b\x32\x14.lowbit.v1.TokenInfo\"T\n\tTokenInfo\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12*\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x14.lowbit.v1.Candidate\"(\n\tCandidate\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x8f\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12#\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01\x12\x18\n\x10\x64uration_seconds\x18\x04 \x01(\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\r*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x10\n\x0cPRIORITY_LOW\x10\x03*h\n\x08\x43hatRole\x12\x19\n\x15\x43HAT_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43HAT_ROLE_SYSTEM\x10\x01\x12\x12\n\x0e\x43HAT_ROLE_USER\x10\x02\x12\x17\n\x13\x43HAT_ROLE_ASSISTANT\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa5\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x1a.lowbit.v1.GenerateRequest\x1a\x1b.lowbit.v1.GenerateResponse\x12K\n\x0eGenerateStream\x12\x1a.lowbit.v1.GenerateRequest\x1a\x1b.lowbit.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lowbit.proto.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIORITY']._serialized_start=1204
-  _globals['_PRIORITY']._serialized_end=1298
-  _globals['_CHATROLE']._serialized_start=1300
-  _globals['_CHATROLE']._serialized_end=1404
-  _globals['_FINISHREASON']._serialized_start=1406
-  _globals['_FINISHREASON']._serialized_end=1501
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_PRIORITY']._serialized_start=1892
+  _globals['_PRIORITY']._serialized_end=1986
+  _globals['_CHATROLE']._serialized_start=1988
+  _globals['_CHATROLE']._serialized_end=2092
+  _globals['_FINISHREASON']._serialized_start=2094
+  _globals['_FINISHREASON']._serialized_end=2189
   _globals['_GENERATEREQUEST']._serialized_start=45
   _globals['_GENERATEREQUEST']._serialized_end=319
   _globals['_TOKENIDS']._serialized_start=321
@@ -46,13 +48,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE']._serialized_start=396
   _globals['_CHATMESSAGE']._serialized_end=461
   _globals['_SAMPLINGPARAMS']._serialized_start=464
-  _globals['_SAMPLINGPARAMS']._serialized_end=780
-  _globals['_GENERATERESPONSE']._serialized_start=783
-  _globals['_GENERATERESPONSE']._serialized_end=1014
-  _globals['_TOKENINFO']._serialized_start=1016
-  _globals['_TOKENINFO']._serialized_end=1056
-  _globals['_USAGE']._serialized_start=1059
-  _globals['_USAGE']._serialized_end=1202
-  _globals['_GENERATIONSERVICE']._serialized_start=1504
-  _globals['_GENERATIONSERVICE']._serialized_end=1669
+  _globals['_SAMPLINGPARAMS']._serialized_end=1337
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1042
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1090
+  _globals['_GENERATERESPONSE']._serialized_start=1340
+  _globals['_GENERATERESPONSE']._serialized_end=1616
+  _globals['_TOKENINFO']._serialized_start=1618
+  _globals['_TOKENINFO']._serialized_end=1702
+  _globals['_CANDIDATE']._serialized_start=1704
+  _globals['_CANDIDATE']._serialized_end=1744
+  _globals['_USAGE']._serialized_start=1747
+  _globals['_USAGE']._serialized_end=1890
+  _globals['_GENERATIONSERVICE']._serialized_start=2192
+  _globals['_GENERATIONSERVICE']._serialized_end=2357
 # @@protoc_insertion_point(module_scope)

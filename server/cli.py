@@ -506,12 +506,28 @@ def _add_client_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="keep the K most likely tokens", **options)
     parser.add_argument("--top-p", type=float, help="keep this probability mass", **options)
     parser.add_argument("--min-p", type=float, help="drop tokens less likely than", **options)
+    penalty: dict[str, Any] = {"type": float, **options}
+    parser.add_argument("--presence-penalty", help="for what was said already", **penalty)
+    parser.add_argument("--frequency-penalty", help="for every time it was said", **penalty)
+    parser.add_argument("--repetition-penalty", help="the prompt counts too; 1 is off", **penalty)
     parser.add_argument("--seed", type=int, help="the same seed, the same tokens", **options)
     parser.add_argument("--max-tokens", type=int, help="of the completion", **options)
+    parser.add_argument("--min-tokens", type=int, help="before it may stop", **options)
     parser.add_argument(
         "--stop", action="append", help="end before this text; may be repeated", **options
     )
     parser.add_argument("--ignore-eos", action="store_true", **options)
+    _add_structured_output(parser.add_mutually_exclusive_group())
+
+
+def _add_structured_output(group: Any) -> None:
+    options: dict[str, Any] = {"default": argparse.SUPPRESS}
+    group.add_argument("--json-schema", help="answer with JSON of this schema", **options)
+    group.add_argument("--regex", help="answer with a match of this expression", **options)
+    group.add_argument("--grammar", help="answer in this Lark or GBNF grammar", **options)
+    group.add_argument(
+        "--choice", action="append", help="answer with this text; repeat for each choice", **options
+    )
 
 
 SAMPLING_OPTIONS = (
@@ -519,10 +535,18 @@ SAMPLING_OPTIONS = (
     "top_k",
     "top_p",
     "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
     "seed",
     "max_tokens",
+    "min_tokens",
     "stop",
     "ignore_eos",
+    "json_schema",
+    "regex",
+    "grammar",
+    "choice",
 )
 
 

@@ -5,7 +5,7 @@ Failures are `grpc.RpcError`s: `code()` is the status, `details()` says what wen
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self, TypedDict, Unpack
@@ -63,11 +63,23 @@ class SamplingOptions(TypedDict, total=False):
     top_k: int
     top_p: float
     min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    allowed_token_ids: Sequence[int]
     seed: int
     max_tokens: int
+    min_tokens: int
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    top_logprobs: int
+    prompt_logprobs: int
+    json_schema: str
+    regex: str
+    grammar: str
+    choice: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +88,7 @@ class Token:
 
     id: int
     logprob: float  # natural logarithm, under the model itself (temperature 1)
+    top_logprobs: tuple[tuple[int, float], ...]  # (id, logprob) of the candidates asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +109,7 @@ class Delta:
     request_id: str
     text: str  # may lag behind the tokens, until it is decided
     tokens: tuple[Token, ...]
+    prompt_tokens: tuple[Token, ...]  # from the second on; on the first part, where asked for
     finish_reason: FinishReason | None  # on the last part only
     usage: Usage | None  # on the last part only
 
@@ -107,6 +121,7 @@ class Generation:
     request_id: str
     text: str
     tokens: tuple[Token, ...]
+    prompt_tokens: tuple[Token, ...]  # from the second on, where prompt_logprobs asked for them
     finish_reason: FinishReason
     usage: Usage
 
@@ -311,6 +326,7 @@ def _generation(response: pb.GenerateResponse) -> Generation:
         request_id=delta.request_id,
         text=delta.text,
         tokens=delta.tokens,
+        prompt_tokens=delta.prompt_tokens,
         finish_reason=delta.finish_reason,
         usage=delta.usage,
     )
@@ -320,10 +336,16 @@ def _delta(response: pb.GenerateResponse) -> Delta:
     return Delta(
         request_id=response.request_id,
         text=response.text,
-        tokens=tuple(Token(id=token.id, logprob=token.logprob) for token in response.tokens),
+        tokens=tuple(map(_token, response.tokens)),
+        prompt_tokens=tuple(map(_token, response.prompt_tokens)),
         finish_reason=_FINISH_REASONS[response.finish_reason],
         usage=_usage(response.usage) if response.HasField("usage") else None,
     )
+
+
+def _token(token: pb.TokenInfo) -> Token:
+    top = tuple((candidate.id, candidate.logprob) for candidate in token.top_logprobs)
+    return Token(id=token.id, logprob=token.logprob, top_logprobs=top)
 
 
 def _usage(usage: pb.Usage) -> Usage:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol, Self
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIASES = 1024
+MAX_ALLOWED_TOKEN_IDS = 16_384
+MAX_LOGPROBS = 20  # candidates at one position
+MAX_CHOICES = 1024
+MAX_GRAMMAR_CHARACTERS = 65_536  # of a schema, a regex, a grammar, or all choices together
 MAX_CHAT_MESSAGES = 1024
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_TENANT_CHARACTERS = 128
@@ -43,6 +49,10 @@ class Draining(LowbitError):
 
 class EngineFailed(LowbitError):
     """The engine failed while it worked on this request."""
+
+
+class ConstraintFailed(LowbitError):
+    """The prescribed form of a completion became too costly to follow. The text says why."""
 
 
 class CannotListen(LowbitError):
@@ -111,40 +121,63 @@ class SchedulingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen and when a sequence ends. Raises InvalidRequest when out of range."""
+    """How tokens are chosen and when a sequence ends. Raises InvalidRequest when out of range.
+
+    Logits go through the repetition, presence and frequency penalties, the biases, the bans
+    (allowed tokens, structured output, min_tokens), the temperature, top-k, top-p and min-p, in
+    this order; top-p counts the mass that top-k left.
+    """
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 keeps all tokens
     top_p: float = 1.0  # in (0, 1]
     min_p: float = 0.0  # in [0, 1], relative to the most likely token
+    presence_penalty: float = 0.0  # off the logits of tokens that the completion holds
+    frequency_penalty: float = 0.0  # the same, for every time that it holds them
+    # Divides positive logits of tokens in prompt and completion, multiplies negative ones
+    # (Keskar et al. 2019, "CTRL", section 4.1).
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    allowed_token_ids: tuple[int, ...] = ()  # only these may be chosen; empty: all
     seed: int | None = None  # None draws one; the same seed gives the same tokens
     max_tokens: int | None = None  # None: DEFAULT_MAX_TOKENS, or less where less fits
     n: int = 1  # completions of the same prompt, each with a seed of its own
+    min_tokens: int = 0  # of the completion, before it may stop
     stop: tuple[str, ...] = ()  # the text layer ends the sequence on these
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    top_logprobs: int = 0  # most likely candidates to report at each token
+    prompt_logprobs: int | None = None  # candidates to report at each prompt token; None: nothing
+    # At most one of the following; the text layer makes a TokenConstraint of it.
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None  # in the Lark or GBNF notation
+    choice: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(
-            math.isfinite(self.temperature) and 0 <= self.temperature <= 100,
-            "temperature",
-            self.temperature,
-            "must lie in [0, 100]",
-        )
-        _require(0 <= self.top_k < 1 << 31, "top_k", self.top_k, "must be 0 (off) or positive")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "must lie in [0, 1]")
-        if self.seed is not None:
-            _require(0 <= self.seed < 1 << 63, "seed", self.seed, "must lie in [0, 2**63)")
-        if self.max_tokens is not None:
-            _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
-        _require(1 <= self.n <= MAX_SAMPLES, "n", self.n, f"must lie in [1, {MAX_SAMPLES}]")
-        _require(
-            len(self.stop) <= MAX_STOP_STRINGS,
-            "stop",
-            f"{len(self.stop)} strings",
-            f"may hold at most {MAX_STOP_STRINGS}",
-        )
+        for name, (holds, limit) in _LIMITS.items():
+            value = getattr(self, name)
+            _require(value is None or holds(value), name, value, limit)
+        for name, (most, things) in _MOST.items():
+            number = len(getattr(self, name))
+            _require(number <= most, name, f"{number} {things}", f"may hold at most {most}")
+        self._check_texts()
+        for token_id, bias in self.logit_bias.items():
+            _require(
+                -100 <= bias <= 100, f"logit_bias[{token_id}]", bias, "must lie in [-100, 100]"
+            )
+        self._check_contradictions()
+
+    @property
+    def structured_output(self) -> tuple[str, str | tuple[str, ...]] | None:
+        """The name and the value of the one field that prescribes the completion's form."""
+        for name in _STRUCTURED:
+            value = getattr(self, name)
+            if value is not None and value != ():
+                return name, value
+        return None
+
+    def _check_texts(self) -> None:
         for text in self.stop:
             _require(
                 1 <= len(text) <= MAX_STOP_STRING_CHARACTERS,
@@ -152,12 +185,61 @@ class SamplingParams:
                 f"a string of {len(text)} characters",
                 f"must hold 1 to {MAX_STOP_STRING_CHARACTERS}",
             )
-        _require(
-            len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
-            "stop_token_ids",
-            f"{len(self.stop_token_ids)} ids",
-            f"may hold at most {MAX_STOP_TOKEN_IDS}",
-        )
+        for name in _STRUCTURED:
+            length = sum(map(len, getattr(self, name) or ()))
+            _require(
+                length <= MAX_GRAMMAR_CHARACTERS,
+                name,
+                f"{length} characters long",
+                f"may have at most {MAX_GRAMMAR_CHARACTERS}",
+            )
+
+    def _check_contradictions(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {self.min_tokens}; it must be at most max_tokens "
+                f"({self.max_tokens})"
+            )
+        given = [name for name in _STRUCTURED if getattr(self, name) not in (None, ())]
+        if len(given) > 1:
+            raise InvalidRequest(
+                f"{' and '.join(given)} are set; at most one of {', '.join(_STRUCTURED)} may be"
+            )
+        for name in ("allowed_token_ids", "ignore_eos"):
+            if given and getattr(self, name):
+                raise InvalidRequest(f"{name} is set beside {given[0]}; only one of them may be")
+
+
+class TokenConstraint(Protocol):
+    """Which tokens may come next in one sequence. Knows what was chosen so far.
+
+    One thread at a time may use it.
+    """
+
+    def allowed_tokens(self) -> bytes:
+        """One bit per token id, lowest bit first, in whole 32-bit words: 1 may be chosen.
+
+        Where the sequence may end, or must, the end-of-sequence tokens are allowed. Raises
+        ConstraintFailed.
+        """
+
+    def advance(self, token_id: int) -> bool:
+        """Take a token in. False, and nothing changes, for one that is not allowed."""
+
+    def rollback(self, num_tokens: int) -> None:
+        """Forget the last tokens that were taken in."""
+
+    def fork(self) -> Self:
+        """An independent copy in the same state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A token and how likely the model itself (temperature 1, no penalties) held it to be."""
+
+    token_id: int
+    logprob: float  # natural logarithm
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob) of the candidates, best first
 
 
 DEFAULT_SCHEDULING = SchedulingParams()
@@ -174,9 +256,18 @@ class TokenOutput:
     index: int = 0  # which of the request's n samples
     token_id: int | None  # None when the request ended without a new token
     logprob: float = 0.0  # of token_id under the model's own distribution (temperature 1)
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # as many as the request asked for
+    # Of the prompt's tokens from the second on, with the first output of a request that asked.
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str = ""  # why, when the sample ended without a token
     num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache
+
+    @property
+    def token(self) -> TokenLogprob:
+        """The new token, of an output that has one."""
+        assert self.token_id is not None
+        return TokenLogprob(token_id=self.token_id, logprob=self.logprob, top=self.top_logprobs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,3 +282,35 @@ class StepStats:
     num_preemptions: int
     num_prefix_queried_tokens: int = 0  # of the sequences admitted, to be computed or found
     num_prefix_hit_tokens: int = 0  # of them, found in the prefix cache
+
+
+_STRUCTURED: Final = ("json_schema", "regex", "grammar", "choice")
+# Field -> what must hold of its value, and that in words. A comparison with NaN does not hold.
+_LIMITS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "temperature": (lambda value: 0 <= value <= 100, "must lie in [0, 100]"),
+    "top_k": (lambda value: 0 <= value < 1 << 31, "must be 0 (off) or positive"),
+    "top_p": (lambda value: 0 < value <= 1, "must lie in (0, 1]"),
+    "min_p": (lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
+    "presence_penalty": (lambda value: -2 <= value <= 2, "must lie in [-2, 2]"),
+    "frequency_penalty": (lambda value: -2 <= value <= 2, "must lie in [-2, 2]"),
+    "repetition_penalty": (lambda value: 0.1 <= value <= 10, "must lie in [0.1, 10]"),
+    "seed": (lambda value: 0 <= value < 1 << 63, "must lie in [0, 2**63)"),
+    "max_tokens": (lambda value: value >= 1, "must be at least 1"),
+    "n": (lambda value: 1 <= value <= MAX_SAMPLES, f"must lie in [1, {MAX_SAMPLES}]"),
+    "min_tokens": (lambda value: value >= 0, "must be at least 0"),
+    "top_logprobs": (
+        lambda value: 0 <= value <= MAX_LOGPROBS,
+        f"must lie in [0, {MAX_LOGPROBS}]",
+    ),
+    "prompt_logprobs": (
+        lambda value: 0 <= value <= MAX_LOGPROBS,
+        f"must lie in [0, {MAX_LOGPROBS}]",
+    ),
+}
+_MOST: Final = {
+    "stop": (MAX_STOP_STRINGS, "strings"),
+    "stop_token_ids": (MAX_STOP_TOKEN_IDS, "ids"),
+    "logit_bias": (MAX_LOGIT_BIASES, "tokens"),
+    "allowed_token_ids": (MAX_ALLOWED_TOKEN_IDS, "ids"),
+    "choice": (MAX_CHOICES, "strings"),
+}

@@ -23,6 +23,7 @@ from ..types import (
     SamplingParams,
     SchedulingParams,
     StepStats,
+    TokenConstraint,
     TokenOutput,
 )
 from .engine import LLMEngine
@@ -117,8 +118,12 @@ class AsyncEngine:
         prompt_token_ids: SequenceOf[int],
         params: SamplingParams,
         scheduling: SchedulingParams = DEFAULT_SCHEDULING,
+        constraint: TokenConstraint | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
         """One TokenOutput per token; the last one has a finish reason.
+
+        `constraint` follows what `params` prescribes of the completion's form; it is the engine's
+        from now on.
 
         Closing the generator aborts the request within one step. Raises InvalidRequest, QueueFull,
         Draining or EngineFailed before the first output; EngineFailed also later.
@@ -129,7 +134,9 @@ class AsyncEngine:
             raise EngineFailed("the engine is not running")
         if request_id in self._requests:
             raise InvalidRequest(f"request_id is {request_id!r}; it is already in use")
-        sequence = self._engine.new_sequence(request_id, prompt_token_ids, params, scheduling)
+        sequence = self._engine.new_sequence(
+            request_id, prompt_token_ids, params, scheduling, constraint
+        )
         news: asyncio.Queue[_News] = asyncio.Queue()
         self._requests[request_id] = news
         self._idle.clear()

@@ -16,6 +16,7 @@ from ..types import (
     SamplingParams,
     SchedulingParams,
     StepStats,
+    TokenConstraint,
     TokenOutput,
 )
 from .block_manager import BlockManager
@@ -64,6 +65,7 @@ class LLMEngine:
         prompt_token_ids: SequenceOf[int],
         params: SamplingParams,
         scheduling: SchedulingParams = DEFAULT_SCHEDULING,
+        constraint: TokenConstraint | None = None,
     ) -> Sequence:
         """Check a request against the limits. Touches no engine state, so any thread may call it.
 
@@ -76,18 +78,25 @@ class LLMEngine:
         max_tokens = self._max_tokens(len(prompt_token_ids), params)
         self._check_token_ids("prompt", prompt_token_ids)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        self._check_token_ids("logit_bias", list(params.logit_bias))
+        self._check_token_ids("allowed_token_ids", params.allowed_token_ids)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        stop_token_ids = eos | frozenset(params.stop_token_ids)
+        _check_contradictions(params, max_tokens, stop_token_ids, constraint)
         return Sequence(
             request_id=request_id,
             token_ids=list(prompt_token_ids),
             num_prompt_tokens=len(prompt_token_ids),
             max_tokens=max_tokens,
             params=params,
-            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            stop_token_ids=stop_token_ids,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             priority=scheduling.priority,
             tenant=scheduling.tenant,
             deadline_seconds=scheduling.deadline_seconds,
+            # A token that was found in the cache has no logits.
+            reads_prefix_cache=params.prompt_logprobs is None,
+            constraint=constraint,
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -174,3 +183,25 @@ class LLMEngine:
                 f"{name} allows at most {room}"
             )
         return params.max_tokens
+
+
+def _check_contradictions(
+    params: SamplingParams,
+    max_tokens: int,
+    stop_token_ids: frozenset[int],
+    constraint: TokenConstraint | None,
+) -> None:
+    """Raises InvalidRequest for what no completion could satisfy."""
+    if params.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {params.min_tokens}; here it must be at most {max_tokens} (max_tokens)"
+        )
+    allowed = params.allowed_token_ids
+    if params.min_tokens > 0 and allowed and stop_token_ids.issuperset(allowed):
+        raise InvalidRequest(
+            f"allowed_token_ids holds only tokens that stop; min_tokens is {params.min_tokens}, "
+            "so at least 1 other must be allowed"
+        )
+    if params.structured_output is not None and constraint is None:
+        name, _ = params.structured_output
+        raise InvalidRequest(f"{name} is set; this engine was given no constraint that follows it")

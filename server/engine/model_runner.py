@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from ...kernels.interface import ForwardBatch
 from ..model.decoder import Decoder
-from .sampler import Sampler
+from . import constraints
+from .sampler import Sampler, prompt_logprobs
 from .scheduler import SchedulerOutput
 from .sequence import Sequence, SequenceResult
 
@@ -22,12 +24,15 @@ class ModelRunner:
             config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim
         )
         self.sampler = Sampler()
+        self._constraint_threads = constraints.ConstraintThreads()
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
         """Compute the scheduled tokens; one result per sequence that yields."""
         self._prepare_blocks(output)
         sequences = output.sequences
+        yielding = [sequence for sequence in sequences if sequence.yields_token]
+        begun = self._constraint_threads.begin(yielding)
         device = self.model.backend.device
         ids = [token for sequence in sequences for token in sequence.scheduled_token_ids]
         positions = [p for sequence in sequences for p in _scheduled_positions(sequence)]
@@ -37,8 +42,12 @@ class ModelRunner:
             self._forward_batch(sequences),
             self.kv_caches,
         )
-        yielding = [sequence for sequence in sequences if sequence.yields_token]
-        return self.sampler.sample(logits, yielding) if yielding else []
+        num_rows = sum(sequence.num_logit_rows for sequence in yielding)
+        _record_prompt_logprobs(logits[num_rows:], sequences)
+        allowed = constraints.wait(begun)
+        masks = [each.masks for each in allowed]
+        results = self.sampler.sample(logits[:num_rows], yielding, masks) if yielding else []
+        return constraints.advance(yielding, results, allowed)
 
     def _prepare_blocks(self, output: SchedulerOutput) -> None:
         if output.blocks_to_clear:
@@ -58,6 +67,11 @@ class ModelRunner:
         slots = [slot for sequence in sequences for slot in self._slots(sequence)]
         ends = zip(sequences, starts[1:], strict=True)
         logit_rows = [row for s, end in ends for row in range(end - s.num_logit_rows, end)]
+        logit_rows += [
+            start + position - sequence.num_cached_tokens
+            for sequence, start in zip(sequences, starts[:-1], strict=True)
+            for position in sequence.prompt_logprob_positions
+        ]
         return ForwardBatch(
             query_start=torch.tensor(starts, dtype=torch.int32, device=device),
             context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
@@ -76,3 +90,18 @@ class ModelRunner:
 def _scheduled_positions(sequence: Sequence) -> range:
     first = sequence.num_cached_tokens
     return range(first, first + sequence.num_scheduled_tokens)
+
+
+def _record_prompt_logprobs(logits: Tensor, sequences: list[Sequence]) -> None:
+    """logits [R, V], one row for each of their `prompt_logprob_positions`."""
+    start = 0
+    for sequence in sequences:
+        positions = sequence.prompt_logprob_positions
+        if not positions:
+            continue
+        number = sequence.params.prompt_logprobs
+        assert number is not None
+        token_ids = sequence.token_ids[positions.start + 1 : positions.stop + 1]
+        rows = logits[start : start + len(positions)]
+        sequence.prompt_logprobs += prompt_logprobs(rows, token_ids, number)
+        start += len(positions)

@@ -251,6 +251,10 @@ class Scheduler:
             request_id=sequence.request_id,
             token_id=token.token_id,
             logprob=token.logprob,
+            top_logprobs=token.top_logprobs,
+            prompt_logprobs=(
+                tuple(sequence.prompt_logprobs) if sequence.num_completion_tokens == 1 else ()
+            ),
             finish_reason=reason,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from ..types import Priority, SamplingParams
+from ..types import Priority, SamplingParams, TokenConstraint, TokenLogprob
 
 
 class SequenceStatus(enum.Enum):
@@ -18,6 +18,7 @@ class SequenceStatus(enum.Enum):
 class SampledToken:
     token_id: int
     logprob: float  # under the model's own distribution, before temperature and cuts
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,9 @@ class Sequence:
     num_scheduled_tokens: int = 0  # draft tokens included
     draft_token_ids: list[int] = field(default_factory=list)  # guessed, verified by the step
     num_preemptions: int = 0
-    # Whatever the sampler keeps from token to token. It outlives a preemption, not the sequence.
-    sampler_state: object = None
+    constraint: TokenConstraint | None = None  # has taken in the tokens of the completion
+    # Of the prompt's tokens from the second on, as far as they were computed, where asked for.
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -92,3 +94,15 @@ class Sequence:
         """The last rows of the step's tokens whose logits it needs: the last known token's, and
         one for each draft token."""
         return 1 + len(self.draft_token_ids) if self.yields_token else 0
+
+    @property
+    def prompt_logprob_positions(self) -> range:
+        """The scheduled tokens whose logits say how likely the prompt's next token was, if asked.
+
+        A prompt that is computed again after a preemption is not reported again.
+        """
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        first = max(self.num_cached_tokens, len(self.prompt_logprobs))
+        end = self.num_cached_tokens + self.num_scheduled_tokens
+        return range(first, min(end, self.num_prompt_tokens - 1))

@@ -8,7 +8,7 @@ from ...proto import generation_pb2 as pb
 from ..metrics import RequestEnd, RequestObserver
 from ..text.detokenizer import Detokenizer
 from ..types import EngineFailed, FinishReason, TokenOutput
-from .convert import FINISH_REASONS
+from .convert import FINISH_REASONS, token_info_of
 
 _ENDS: dict[FinishReason, RequestEnd] = {
     FinishReason.STOP: "stop",
@@ -43,7 +43,8 @@ class Completion:
         part = pb.GenerateResponse(
             request_id=self._request_id,
             text=text,
-            tokens=[pb.TokenInfo(id=output.token_id, logprob=output.logprob)],
+            tokens=[token_info_of(output.token)],
+            prompt_tokens=[token_info_of(token) for token in output.prompt_logprobs],
         )
         if finish_reason is not None:
             self.end = _ENDS[finish_reason]
@@ -78,4 +79,5 @@ def whole(parts: Sequence[pb.GenerateResponse]) -> pb.GenerateResponse:
     response.text = "".join(part.text for part in parts)
     del response.tokens[:]
     response.tokens.extend(token for part in parts for token in part.tokens)
+    response.prompt_tokens.extend(parts[0].prompt_tokens if len(parts) > 1 else ())
     return response

@@ -15,6 +15,7 @@ from ..types import (
     Priority,
     SamplingParams,
     SchedulingParams,
+    TokenLogprob,
 )
 
 FINISH_REASONS: Final = {
@@ -81,7 +82,20 @@ def sampling_params_of(sampling: pb.SamplingParams) -> SamplingParams:
     """What is set, the rest at its default. Raises InvalidRequest."""
     given = {field.name: value for field, value in sampling.ListFields() if not field.is_repeated}
     return SamplingParams(
-        **given, stop=tuple(sampling.stop), stop_token_ids=tuple(sampling.stop_token_ids)
+        **given,
+        logit_bias=dict(sampling.logit_bias),
+        allowed_token_ids=tuple(sampling.allowed_token_ids),
+        stop=tuple(sampling.stop),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        choice=tuple(sampling.choice),
+    )
+
+
+def token_info_of(token: TokenLogprob) -> pb.TokenInfo:
+    return pb.TokenInfo(
+        id=token.token_id,
+        logprob=token.logprob,
+        top_logprobs=[pb.Candidate(id=id, logprob=logprob) for id, logprob in token.top],
     )
 
 

@@ -77,7 +77,9 @@ class TextCodec(Protocol):
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]: ...
 
-    def detokenizer(self, stop: Sequence[str] = (), context: Sequence[int] = ()) -> Detokenizer: ...
+    def detokenizer(
+        self, stop: Sequence[str] = (), context: Sequence[int] = (), min_tokens: int = 0
+    ) -> Detokenizer: ...
 
 
 class GenerationServicer:
@@ -165,7 +167,7 @@ class GenerationServicer:
         token_ids = await self._encode(request)
         # An answer in a chat is a text of its own; a completion goes on where its prompt ends.
         context = () if request.HasField("chat") else token_ids
-        detokenizer = self._tokenizer.detokenizer(params.stop, context)
+        detokenizer = self._tokenizer.detokenizer(params.stop, context, params.min_tokens)
         completion = Completion(request_id, len(token_ids), detokenizer, observer)
         generation = self._engine.generate(request_id, token_ids, params, scheduling)
         async with aclosing(generation) as outputs:

@@ -112,8 +112,13 @@ def _messages(message: Message, path: str = "") -> Iterator[tuple[str, Message]]
 def _items(message: Message, kind: int) -> Iterator[tuple[str, Any]]:
     """The values that the message's fields of one type hold, each with its name."""
     for field, value in message.ListFields():
-        if field.type == kind:
+        if field.type == kind and not _is_map(field):
             if field.is_repeated:
                 yield from ((f"{field.name}[{i}]", item) for i, item in enumerate(value))
             else:
                 yield field.name, value
+
+
+def _is_map(field: FieldDescriptor) -> bool:
+    """Maps hold numbers alone here: neither text nor fields that could be unknown."""
+    return field.message_type is not None and field.message_type.GetOptions().map_entry

@@ -22,7 +22,8 @@ class Detokenizer:
 
     `decode` gives the text of some tokens; `context` are the tokens just before the completion. A
     word there keeps the space before the completion's first word, which tokenizers of the
-    SentencePiece family drop from the first word that they decode.
+    SentencePiece family drop from the first word that they decode. Stop strings are looked for in
+    the text from the `min_tokens`-th token on.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class Detokenizer:
         special_token_ids: frozenset[int] = frozenset(),
         stop: Sequence[str] = (),
         context: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._decode = decode
         self._special_token_ids = special_token_ids
         self._stop = _StopStrings(stop)
+        self._tokens_before_stop = min_tokens - 1
         self._window = self._shortest_context(context)
         self._emitted = len(decode(self._window))  # characters of the window's text
         self._boundary = len(self._window)  # tokens of the window up to its last whole character
@@ -48,10 +51,13 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that this token decides."""
+        may_stop = self._tokens_before_stop <= 0
+        self._tokens_before_stop -= 1
         if token_id in self._special_token_ids:
             return ""
         self._window.append(token_id)
-        return self._stop.push(self._advance())
+        text = self._advance()
+        return self._stop.push(text) if may_stop else text
 
     def finish(self) -> str:
         """The text that was held back; there are no more tokens."""

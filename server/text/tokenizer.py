@@ -81,10 +81,16 @@ class Tokenizer:
         """The text of some tokens, special ones left out."""
         return self._backend.decode(token_ids, skip_special_tokens=True)
 
-    def detokenizer(self, stop: Sequence[str] = (), context: Sequence[int] = ()) -> Detokenizer:
-        """For one completion; see `Detokenizer` for what `context` changes."""
+    def detokenizer(
+        self, stop: Sequence[str] = (), context: Sequence[int] = (), min_tokens: int = 0
+    ) -> Detokenizer:
+        """For one completion; see `Detokenizer` for what the arguments change."""
         return Detokenizer(
-            self.decode, special_token_ids=self._special_token_ids, stop=stop, context=context
+            self.decode,
+            special_token_ids=self._special_token_ids,
+            stop=stop,
+            context=context,
+            min_tokens=min_tokens,
         )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

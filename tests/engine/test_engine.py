@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from lowbit.kernels.cpu import CpuBackend
 from lowbit.server.config import EngineConfig
 from lowbit.server.engine.build import build_engine
 from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.model.loader import load_decoder
-from lowbit.server.types import FinishReason, SamplingParams
+from lowbit.server.types import FinishReason, InvalidRequest, SamplingParams, TokenOutput
 from tiny import TinyModel
 
 BYTES_PER_BLOCK = 16 * 2 * 2 * 2 * 16  # tokens x (keys, values) x layers x KV heads x D, elements
@@ -123,3 +126,96 @@ def test_logprobs_are_the_models_own(tiny_model: TinyModel) -> None:
     )
     actual = torch.tensor([output.logprob for output in outputs])
     torch.testing.assert_close(actual, expected[:, 0], atol=1e-3, rtol=1e-3)
+
+
+def outputs_of(
+    engine: LLMEngine, requests: dict[str, tuple[list[int], SamplingParams]]
+) -> dict[str, list[TokenOutput]]:
+    for request_id, (tokens, params) in requests.items():
+        engine.add(engine.new_sequence(request_id, tokens, params))
+    outputs: dict[str, list[TokenOutput]] = {request_id: [] for request_id in requests}
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    engine.scheduler.check_integrity()
+    return outputs
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_num_seqs": 4, "max_num_batched_tokens": 13}, {"num_blocks": 9}],
+    ids=["whole", "in chunks", "preempted"],
+)
+def test_prompt_logprobs_are_those_of_transformers(
+    tiny_model: TinyModel, settings: dict[str, int]
+) -> None:
+    params = SamplingParams(
+        temperature=0, max_tokens=20, ignore_eos=True, prompt_logprobs=3, top_logprobs=2
+    )
+    requests = {f"r{i}": (prompt(30 + i, seed=i), params) for i in range(4)}
+    for request_id, outputs in outputs_of(
+        make_engine(tiny_model, "float32", **settings), requests
+    ).items():
+        tokens = requests[request_id][0] + [output.token_id for output in outputs]
+        with torch.inference_mode():
+            expected = tiny_model.oracle(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        reported = [*outputs[0].prompt_logprobs, *(output.token for output in outputs)]
+        assert [each.token_id for each in reported] == tokens[1:]
+        for row, each in enumerate(reported):
+            number = 3 if row + 1 < len(requests[request_id][0]) else 2
+            assert each.logprob == pytest.approx(expected[row, tokens[row + 1]].item(), abs=1e-3)
+            best = expected[row].topk(number)
+            assert [pair[0] for pair in each.top] == best.indices.tolist()
+            assert [pair[1] for pair in each.top] == pytest.approx(best.values.tolist(), abs=1e-3)
+        assert not any(output.prompt_logprobs for output in outputs[1:])
+
+
+def test_min_tokens_keeps_the_end_away(tiny_model: TinyModel) -> None:
+    tokens, _ = REQUESTS["r0"]
+    free = run(make_engine(tiny_model), {"r": (tokens, GREEDY)})["r"]
+    stops = tuple(set(free[:12]))
+    params = SamplingParams(temperature=0, max_tokens=40, stop_token_ids=stops, min_tokens=9)
+    (outputs,) = outputs_of(make_engine(tiny_model), {"r": (tokens, params)}).values()
+    chosen = [output.token_id for output in outputs]
+    assert len(chosen) >= 10
+    assert not set(chosen[:9]) & set(stops)
+
+
+def test_a_sequence_whose_logits_are_not_finite_fails_alone(tiny_model: TinyModel) -> None:
+    engine = make_engine(tiny_model)
+    expected = run(make_engine(tiny_model), REQUESTS)
+    forward = engine.runner.model.forward
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        logits = forward(*arguments)
+        if len(logits) == len(REQUESTS):
+            logits[3] = torch.nan
+        return logits
+
+    engine.runner.model.forward = poisoned
+    outputs = outputs_of(engine, REQUESTS)
+    failed = outputs.pop("r3")[-1]
+    assert (failed.finish_reason, failed.token_id) == (FinishReason.ERROR, None)
+    assert failed.error == "the model's logits are not finite numbers"
+    for request_id, received in outputs.items():
+        assert [output.token_id for output in received] == expected[request_id]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"logit_bias": {320: 1.0}}, r"logit_bias holds token id 320; ids must lie in \[0, 320\)"),
+        ({"allowed_token_ids": (7, 999)}, "allowed_token_ids holds token id 999"),
+        ({"min_tokens": 300}, r"min_tokens is 300; here it must be at most 256 \(max_tokens\)"),
+        (
+            {"allowed_token_ids": (257, 9), "stop_token_ids": (9,), "min_tokens": 1},
+            "allowed_token_ids holds only tokens that stop; min_tokens is 1",
+        ),
+        ({"regex": "a+"}, "regex is set; this engine was given no constraint"),
+    ],
+)
+def test_what_no_completion_could_satisfy_is_refused(
+    tiny_model: TinyModel, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        make_engine(tiny_model).new_sequence("r", [1, 2, 3], SamplingParams(**settings))

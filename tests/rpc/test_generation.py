@@ -84,9 +84,11 @@ async def test_a_completion_goes_on_where_its_prompt_ends_and_an_answer_does_not
     class Codec(ByteCodec):
         contexts: ClassVar[list[Sequence[int]]] = []
 
-        def detokenizer(self, stop: Sequence[str] = (), context: Sequence[int] = ()) -> Detokenizer:
+        def detokenizer(
+            self, stop: Sequence[str] = (), context: Sequence[int] = (), min_tokens: int = 0
+        ) -> Detokenizer:
             self.contexts.append(context)
-            return super().detokenizer(stop, context)
+            return super().detokenizer(stop, context, min_tokens)
 
     async with (
         running(make_rig(tokenizer=Codec())) as rig,

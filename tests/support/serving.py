@@ -38,8 +38,12 @@ class ByteCodec:
     def encode_chat(self, messages: SequenceOf[ChatMessage]) -> list[int]:
         return self.encode("".join(f"[{each.role}] {each.content}\n" for each in messages))
 
-    def detokenizer(self, stop: SequenceOf[str] = (), context: SequenceOf[int] = ()) -> Detokenizer:
-        return Detokenizer(self._decode, special_token_ids=frozenset({EOS}), stop=stop)
+    def detokenizer(
+        self, stop: SequenceOf[str] = (), context: SequenceOf[int] = (), min_tokens: int = 0
+    ) -> Detokenizer:
+        return Detokenizer(
+            self._decode, special_token_ids=frozenset({EOS}), stop=stop, min_tokens=min_tokens
+        )
 
     def _decode(self, token_ids: SequenceOf[int]) -> str:
         return bytes(token_ids).decode("utf-8", "replace")
