@@ -55,6 +55,7 @@ OWNERS = {
     "grpc_reflection": ("server.rpc",),
     "torch": ("kernels", "quant", "server.engine", "server.model"),
     "transformers": ("quant", "server.text"),
+    "llguidance": ("server.text",),
 }
 NO_TORCH = ("sequence", "block_manager", "scheduler", "engine", "async_engine")
 

@@ -74,6 +74,7 @@ class AsyncEngine:
     ) -> None:
         self.max_model_len = engine.max_model_len
         self.vocab_size = engine.vocab_size
+        self.eos_token_ids = engine.eos_token_ids
         self._engine = engine
         self._on_step = on_step
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Final, Protocol
 
@@ -23,6 +24,7 @@ from ..types import (
     QueueFull,
     SamplingParams,
     SchedulingParams,
+    TokenConstraint,
     TokenOutput,
 )
 from .completion import Completion, whole
@@ -39,6 +41,8 @@ from .wire import parse_request
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
+_MAX_COMPILE_SECONDS: Final = 10.0
+
 _Context = grpc.aio.ServicerContext[bytes, pb.GenerateResponse]
 _Send = Callable[[pb.GenerateResponse], Awaitable[None]]
 
@@ -47,6 +51,8 @@ class Engine(Protocol):
     """What the server needs of an AsyncEngine; the meanings stand there."""
 
     max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
 
     @property
     def is_healthy(self) -> bool: ...
@@ -65,6 +71,7 @@ class Engine(Protocol):
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         scheduling: SchedulingParams = ...,
+        constraint: TokenConstraint | None = None,
     ) -> AsyncGenerator[TokenOutput, None]: ...
 
 
@@ -81,6 +88,10 @@ class TextCodec(Protocol):
         self, stop: Sequence[str] = (), context: Sequence[int] = (), min_tokens: int = 0
     ) -> Detokenizer: ...
 
+    def constraint(
+        self, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]
+    ) -> TokenConstraint: ...
+
 
 class GenerationServicer:
     """Serves at most `max_requests` calls at a time; more are refused before they cost anything."""
@@ -92,6 +103,8 @@ class GenerationServicer:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._max_requests = max_requests
+        # Of its own: what takes long to compile keeps no prompt waiting to be encoded.
+        self._compiling = ThreadPoolExecutor(1, thread_name_prefix="lowbit-compiling")
         self.num_requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -164,18 +177,37 @@ class GenerationServicer:
     ) -> RequestEnd:
         params = sampling_params_of(request.sampling)
         scheduling = scheduling_params_of(request)
+        constraint = await self._constrain(params)
         token_ids = await self._encode(request)
         # An answer in a chat is a text of its own; a completion goes on where its prompt ends.
         context = () if request.HasField("chat") else token_ids
         detokenizer = self._tokenizer.detokenizer(params.stop, context, params.min_tokens)
         completion = Completion(request_id, len(token_ids), detokenizer, observer)
-        generation = self._engine.generate(request_id, token_ids, params, scheduling)
+        generation = self._engine.generate(request_id, token_ids, params, scheduling, constraint)
         async with aclosing(generation) as outputs:
             async for output in outputs:
                 await send(completion.add(output))
                 if completion.end is not None:
                     return completion.end
         raise EngineFailed("the engine gave no finish reason")
+
+    async def _constrain(self, params: SamplingParams) -> TokenConstraint | None:
+        form = params.structured_output
+        if form is None:
+            return None
+        compiling = asyncio.get_running_loop().run_in_executor(
+            self._compiling,
+            self._tokenizer.constraint,
+            params,
+            self._engine.vocab_size,
+            self._engine.eos_token_ids,
+        )
+        try:
+            return await asyncio.wait_for(compiling, _MAX_COMPILE_SECONDS)
+        except TimeoutError:
+            raise InvalidRequest(
+                f"{form[0]} was not compiled within {_MAX_COMPILE_SECONDS:.0f} seconds"
+            ) from None
 
     async def _encode(self, request: pb.GenerateRequest) -> list[int]:
         match request.WhichOneof("prompt"):

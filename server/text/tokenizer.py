@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -9,8 +10,15 @@ from typing import Self
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ..types import MAX_CHAT_MESSAGES, ChatMessage, InvalidRequest
+from ..types import (
+    MAX_CHAT_MESSAGES,
+    ChatMessage,
+    InvalidRequest,
+    SamplingParams,
+    TokenConstraint,
+)
 from .detokenizer import Detokenizer
+from .structured import ConstraintCompiler
 
 
 class Tokenizer:
@@ -31,6 +39,8 @@ class Tokenizer:
             {token_id for token_id, token in added.items() if token.special}
         )
         self.max_characters_per_token = max(map(len, self._backend.get_vocab()))
+        self._lock = threading.Lock()
+        self._compiler: ConstraintCompiler | None = None
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Self:
@@ -92,6 +102,21 @@ class Tokenizer:
             context=context,
             min_tokens=min_tokens,
         )
+
+    def constraint(
+        self, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]
+    ) -> TokenConstraint:
+        """What follows the form that `params` prescribes, for one completion of this model.
+
+        The first call prepares the vocabulary, which takes a second at 49,152 tokens. Raises
+        InvalidRequest.
+        """
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = ConstraintCompiler(
+                    self._backend.to_str(), vocab_size, eos_token_ids
+                )
+        return self._compiler.compile(params)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)

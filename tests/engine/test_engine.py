@@ -6,29 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from lowbit.kernels.cpu import CpuBackend
-from lowbit.server.config import EngineConfig
-from lowbit.server.engine.build import build_engine
+from engines import make_engine, prompt
 from lowbit.server.engine.engine import LLMEngine
-from lowbit.server.model.loader import load_decoder
 from lowbit.server.types import FinishReason, InvalidRequest, SamplingParams, TokenOutput
 from tiny import TinyModel
-
-BYTES_PER_BLOCK = 16 * 2 * 2 * 2 * 16  # tokens x (keys, values) x layers x KV heads x D, elements
-
-
-def make_engine(
-    tiny: TinyModel, precision: str = "bfloat16", *, num_blocks: int = 64, **settings: int
-) -> LLMEngine:
-    backend = CpuBackend(precision)
-    per_block = BYTES_PER_BLOCK * backend.kv_dtype.itemsize
-    config = EngineConfig(kv_cache_memory_bytes=num_blocks * per_block, **settings)
-    return build_engine(load_decoder(tiny.folder, backend), config)
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (length,), generator=generator).tolist()
 
 
 def run(engine: LLMEngine, requests: dict[str, tuple[list[int], SamplingParams]]) -> dict:

@@ -21,7 +21,7 @@ from lowbit.server.rpc import server as server_module
 from lowbit.server.rpc.server import GenerationServer
 from lowbit.server.rpc.servicer import TextCodec
 from lowbit.server.text.detokenizer import Detokenizer
-from lowbit.server.types import ChatMessage
+from lowbit.server.types import ChatMessage, InvalidRequest, SamplingParams, TokenConstraint
 from prometheus_client import CollectorRegistry
 
 EOS, VOCAB_SIZE = 257, 320
@@ -44,6 +44,11 @@ class ByteCodec:
         return Detokenizer(
             self._decode, special_token_ids=frozenset({EOS}), stop=stop, min_tokens=min_tokens
         )
+
+    def constraint(
+        self, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]
+    ) -> TokenConstraint:
+        raise InvalidRequest("this codec prescribes no form")
 
     def _decode(self, token_ids: SequenceOf[int]) -> str:
         return bytes(token_ids).decode("utf-8", "replace")
