@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 _INT4_GROUP_SIZES = (256, 128, 64, 32)  # what the operator takes, preferred first
 _INT4_COLUMNS = 64  # N is padded to the operator's widest column block
 _VECTORISED = ("AVX2", "AVX512")  # elsewhere the operator is a scalar loop, 20x slower
+_SCALE_DTYPE = torch.float16  # of an int8 KV cache
+_MIN_SCALE = 2.0**-24  # the smallest that float16 holds
 _RESCORED = 64  # candidates whose logits are recomputed in float32
 
 
@@ -109,10 +111,11 @@ class CpuPlan:
 
 
 class CpuBackend(KernelBackend):
-    def __init__(self, precision: str = "auto") -> None:
+    def __init__(self, precision: str = "auto", kv_cache_dtype: str = "auto") -> None:
         """`precision` float32 is exact and keeps float32 weights; bfloat16 keeps packed ones.
 
-        Raises BackendUnavailable for an unknown precision.
+        `kv_cache_dtype` int8 holds keys and values in 8 bits with a scale for each token and head;
+        auto holds them in the precision. Raises BackendUnavailable for an unknown one.
         """
         capability = torch.backends.cpu.get_cpu_capability()
         if precision == "auto":
@@ -121,11 +124,20 @@ class CpuBackend(KernelBackend):
             raise BackendUnavailable(
                 f"cpu precision is {precision!r}; it must be auto, bfloat16 or float32"
             )
+        if kv_cache_dtype not in ("auto", "int8"):
+            raise BackendUnavailable(
+                f"kv_cache_dtype is {kv_cache_dtype!r}; it must be auto or int8"
+            )
         self.exact = precision == "float32"
-        self.name = f"cpu, {precision}, {capability}, {torch.get_num_threads()} threads"
         self.device = torch.device("cpu")
         self.hidden_dtype = torch.float32
         self.kv_dtype = torch.float32 if self.exact else torch.bfloat16
+        if kv_cache_dtype == "int8":
+            self.kv_dtype = torch.int8
+        self.name = (
+            f"cpu, {precision}, KV cache {str(self.kv_dtype).removeprefix('torch.')}, "
+            f"{capability}, {torch.get_num_threads()} threads"
+        )
 
     # Linear layers
 
@@ -177,18 +189,37 @@ class CpuBackend(KernelBackend):
             logits[row, candidates] = _exact_logits(x[row], head.exact, candidates)
         return logits
 
+    # The KV cache
+
+    def kv_head_bytes(self, head_dim: int) -> int:
+        scale_bytes = _SCALE_DTYPE.itemsize if self.kv_dtype is torch.int8 else 0
+        return super().kv_head_bytes(head_dim) + scale_bytes
+
     def allocate_kv_cache(
         self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
     ) -> list[KVCache]:
         """Zeros that take memory only once they are written to."""
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        heads = (num_blocks, block_size, num_kv_heads)
+        scaled = self.kv_dtype is torch.int8
         return [
             KVCache(
-                keys=_untouched_zeros(shape, self.kv_dtype),
-                values=_untouched_zeros(shape, self.kv_dtype),
+                keys=_untouched_zeros((*heads, head_dim), self.kv_dtype),
+                values=_untouched_zeros((*heads, head_dim), self.kv_dtype),
+                key_scales=_untouched_zeros(heads, _SCALE_DTYPE) if scaled else None,
+                value_scales=_untouched_zeros(heads, _SCALE_DTYPE) if scaled else None,
             )
             for _ in range(num_layers)
         ]
+
+    def store(self, keys: Tensor, values: Tensor, cache: KVCache, slots: Tensor) -> None:
+        if cache.key_scales is None or cache.value_scales is None:
+            super().store(keys, values, cache, slots)
+            return
+        codes, scales = _quantize_heads(torch.cat((keys, values), dim=1))
+        num_kv_heads = keys.shape[1]
+        super().store(codes[:, :num_kv_heads], codes[:, num_kv_heads:], cache, slots)
+        cache.key_scales.view(-1, num_kv_heads).index_copy_(0, slots, scales[:, :num_kv_heads])
+        cache.value_scales.view(-1, num_kv_heads).index_copy_(0, slots, scales[:, num_kv_heads:])
 
     # Elementwise
 
@@ -236,6 +267,29 @@ class CpuBackend(KernelBackend):
             rows = slice(chunk.start, chunk.end)
             out[rows] = _attend_prefill(wide[rows], cache, chunk, scale)
         return out.flatten(1).to(torch.float32)
+
+
+def _quantize_heads(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [T, heads, D] -> codes in [-127, 127] int8, scales [T, heads]: the largest is 127.
+
+    A row that holds a NaN has a NaN for its scale.
+    """
+    rows = rows.to(torch.float32)
+    scales = (rows.abs().amax(dim=-1) / 127).clamp_(min=_MIN_SCALE).to(_SCALE_DTYPE)
+    codes = (rows / scales.to(torch.float32)[..., None]).round_().clamp_(-127, 127)
+    return codes.nan_to_num_(0).to(torch.int8), scales
+
+
+def _gather(tensor: Tensor, scales: Tensor | None, blocks: Tensor) -> Tensor:
+    """Blocks [b] of the cache as float64 [b, block_size, Hkv, D]."""
+    rows = tensor.index_select(0, blocks).to(torch.float64)
+    if scales is not None:
+        rows *= scales.index_select(0, blocks).to(torch.float64)[..., None]
+    return rows
+
+
+def _tensors_and_scales(cache: KVCache) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    return (cache.keys, cache.key_scales), (cache.values, cache.value_scales)
 
 
 def _exact_logits(x: Tensor, weight: LinearWeight, candidates: Tensor) -> Tensor:
@@ -352,11 +406,10 @@ def _attend_decode(q: Tensor, cache: KVCache, group: DecodeGroup, scale: float) 
     num_sequences, num_heads, head_dim = q.shape
     num_kv_heads = cache.keys.shape[2]
     keys, values = (
-        blocks.index_select(0, group.blocks)
+        _gather(tensor, scales, group.blocks)
         .view(num_sequences, -1, num_kv_heads, head_dim)
-        .to(torch.float64)
         .transpose(1, 2)
-        for blocks in (cache.keys, cache.values)
+        for tensor, scales in _tensors_and_scales(cache)
     )
     grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=scale)
@@ -366,11 +419,10 @@ def _attend_decode(q: Tensor, cache: KVCache, group: DecodeGroup, scale: float) 
 def _attend_prefill(q: Tensor, cache: KVCache, chunk: PrefillChunk, scale: float) -> Tensor:
     """q [t, H, D] float64 -> [t, H, D]."""
     keys, values = (
-        blocks.index_select(0, chunk.blocks)
+        _gather(tensor, scales, chunk.blocks)
         .flatten(0, 1)[: chunk.context_len]
-        .to(torch.float64)
         .transpose(0, 1)[None]
-        for blocks in (cache.keys, cache.values)
+        for tensor, scales in _tensors_and_scales(cache)
     )
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
@@ -384,5 +436,5 @@ def _attend_prefill(q: Tensor, cache: KVCache, chunk: PrefillChunk, scale: float
     return out[0].transpose(0, 1)
 
 
-def create(precision: str = "auto") -> CpuBackend:
-    return CpuBackend(precision)
+def create(precision: str = "auto", kv_cache_dtype: str = "auto") -> CpuBackend:
+    return CpuBackend(precision, kv_cache_dtype)

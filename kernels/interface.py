@@ -43,10 +43,21 @@ class ForwardBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCache:
-    """Keys and values of one layer in blocks: two tensors [num_blocks, block_size, Hkv, D]."""
+    """Keys and values of one layer in blocks: two tensors [num_blocks, block_size, Hkv, D].
+
+    Where they are integers, a number of theirs is its integer times its token's and head's scale.
+    """
 
     keys: Tensor
     values: Tensor
+    key_scales: Tensor | None = None  # [num_blocks, block_size, Hkv]
+    value_scales: Tensor | None = None  # the same
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a block consists of."""
+        parts = (self.keys, self.values, self.key_scales, self.value_scales)
+        return [part for part in parts if part is not None]
 
 
 class PreparedLinear(Protocol):
@@ -114,6 +125,10 @@ class KernelBackend(Protocol):
         """[S, C] -> [S, vocabulary] float32."""
         return self.linear(x, head).to(torch.float32)
 
+    def kv_head_bytes(self, head_dim: int) -> int:
+        """What the cache takes for one token's keys, or values, of one head."""
+        return head_dim * self.kv_dtype.itemsize
+
     def allocate_kv_cache(
         self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
     ) -> list[KVCache]:
@@ -131,15 +146,15 @@ class KernelBackend(Protocol):
         """Zero these blocks in all layers."""
         index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
         for cache in caches:
-            cache.keys.index_fill_(0, index, 0)
-            cache.values.index_fill_(0, index, 0)
+            for tensor in cache.tensors:
+                tensor.index_fill_(0, index, 0)
 
     def copy_blocks(self, caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (source, target) in all layers; no block is both source and target."""
         source, target = torch.tensor(pairs, dtype=torch.int64, device=self.device).unbind(1)
         for cache in caches:
-            cache.keys.index_copy_(0, target, cache.keys.index_select(0, source))
-            cache.values.index_copy_(0, target, cache.values.index_select(0, source))
+            for tensor in cache.tensors:
+                tensor.index_copy_(0, target, tensor.index_select(0, source))
 
     def rope_and_store(
         self,
@@ -157,9 +172,14 @@ class KernelBackend(Protocol):
         num_kv_heads, head_dim = cache.keys.shape[2:]
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         rotated = self.rope(heads[:, : num_heads + num_kv_heads], cos, sin)
-        self._store(cache.keys, rotated[:, num_heads:], batch.slot_mapping)
-        self._store(cache.values, heads[:, num_heads + num_kv_heads :], batch.slot_mapping)
+        values = heads[:, num_heads + num_kv_heads :]
+        self.store(rotated[:, num_heads:], values, cache, batch.slot_mapping)
         return rotated[:, :num_heads]
+
+    def store(self, keys: Tensor, values: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """Write keys and values [T, Hkv, D] to their slots [T]."""
+        for tensor, rows in ((cache.keys, keys), (cache.values, values)):
+            tensor.view(-1, *tensor.shape[2:]).index_copy_(0, slots, rows.to(tensor.dtype))
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, layer: PreparedLinear) -> Tensor:
         """linear(rms_norm(x)): [T, C] -> [T, N]."""
@@ -175,26 +195,27 @@ class KernelBackend(Protocol):
         """x + down(silu_mul(gate_up(rms_norm(x)))): [T, C] -> [T, C]."""
         return self.linear_residual(self.silu_mul(self.norm_linear(x, norm, eps, gate_up)), down, x)
 
-    @staticmethod
-    def _store(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows.to(cache.dtype))
 
-
-def load_backend(name: str, cpu_precision: str = "auto") -> KernelBackend:
+def load_backend(
+    name: str, cpu_precision: str = "auto", kv_cache_dtype: str = "auto"
+) -> KernelBackend:
     """The backend of that name; `auto` picks one and says so once.
 
-    `cpu_precision` is for the cpu backend alone. Raises BackendUnavailable for a name that is
-    unknown or cannot work on this machine.
+    The precision and the dtype of the cache are for the cpu backend alone. Raises
+    BackendUnavailable for a name that is unknown or cannot work on this machine.
     """
     if name not in BACKENDS:
         raise BackendUnavailable(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
     chosen = "cpu" if name == "auto" else name
     # Imported by name so that a backend's own dependencies load only where it is used.
     module = importlib.import_module(f".{chosen}", __package__)
-    if chosen != "cpu" and cpu_precision != "auto":
-        raise BackendUnavailable(
-            f"cpu_precision is {cpu_precision!r}; the {chosen} backend has no such choice"
-        )
-    backend: KernelBackend = module.create(cpu_precision) if chosen == "cpu" else module.create()
+    choices = {"cpu_precision": cpu_precision, "kv_cache_dtype": kv_cache_dtype}
+    for choice, value in choices.items():
+        if chosen != "cpu" and value != "auto":
+            raise BackendUnavailable(
+                f"{choice} is {value!r}; the {chosen} backend has no such choice"
+            )
+    options = (cpu_precision, kv_cache_dtype) if chosen == "cpu" else ()
+    backend: KernelBackend = module.create(*options)
     logger.info("backend %s: %s", chosen, backend.name)
     return backend

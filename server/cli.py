@@ -437,7 +437,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     from .text.tokenizer import Tokenizer
 
     started = time.monotonic()
-    backend = load_backend(config.engine.backend, config.engine.cpu_precision)
+    backend = load_backend(
+        config.engine.backend, config.engine.cpu_precision, config.engine.kv_cache_dtype
+    )
     tokenizer = Tokenizer.from_folder(arguments.checkpoint)
     thread = engine_thread()
     try:

@@ -29,6 +29,11 @@ class EngineConfig:
         choices=("auto", "bfloat16", "float32"),
     )
     block_size: int = _setting(16, "tokens per KV-cache block")
+    kv_cache_dtype: str = _setting(
+        "auto",
+        "of the cpu backend: int8 holds twice the tokens in the same memory, a little less exactly",
+        choices=("auto", "int8"),
+    )
     kv_cache_memory_bytes: int = _setting(1 << 30, "for keys and values of all layers together")
     max_model_len: int | None = _setting(
         None, "prompt plus completion, in tokens; by default the model's own limit", type=int

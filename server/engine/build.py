@@ -34,8 +34,10 @@ def _max_model_len(decoder: Decoder, config: EngineConfig) -> int:
 def _num_blocks(decoder: Decoder, config: EngineConfig, max_model_len: int) -> int:
     """As many blocks as the memory holds, but no more than a full house could use."""
     model = decoder.config
-    elements_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    block_bytes = config.block_size * elements_per_token * decoder.backend.kv_dtype.itemsize
+    heads_per_token = 2 * model.num_layers * model.num_kv_heads
+    block_bytes = (
+        config.block_size * heads_per_token * decoder.backend.kv_head_bytes(model.head_dim)
+    )
     affordable = config.kv_cache_memory_bytes // block_bytes
     if affordable == 0:
         raise InvalidConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -44,15 +45,17 @@ def test_greedy_tokens_are_those_of_transformers(tiny_model: TinyModel) -> None:
     assert received["r3"] == expected
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_greedy_tokens_are_the_same_alone_in_a_crowd_and_after_preemption(
-    tiny_model: TinyModel,
+    tiny_model: TinyModel, kv_cache_dtype: str
 ) -> None:
+    make = functools.partial(make_engine, tiny_model, "bfloat16", kv_cache_dtype)
     alone = {}
     for request_id, request in REQUESTS.items():
-        alone |= run(make_engine(tiny_model), {request_id: request})
-    crowd = run(make_engine(tiny_model), REQUESTS)
-    chunked = run(make_engine(tiny_model, max_num_seqs=8, max_num_batched_tokens=13), REQUESTS)
-    starved = run(make_engine(tiny_model, num_blocks=9), REQUESTS)
+        alone |= run(make(), {request_id: request})
+    crowd = run(make(), REQUESTS)
+    chunked = run(make(max_num_seqs=8, max_num_batched_tokens=13), REQUESTS)
+    starved = run(make(num_blocks=9), REQUESTS)
     assert crowd["preemptions"] == 0
     assert starved["preemptions"] > 3
     for request_id in REQUESTS:

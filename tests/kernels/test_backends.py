@@ -23,6 +23,7 @@ BACKENDS = {
     "reference": (ReferenceBackend, 1e-6),
     "cpu-float32": (lambda: CpuBackend("float32"), 1e-6),
     "cpu-bfloat16": (lambda: CpuBackend("bfloat16"), 6e-3),
+    "cpu-bfloat16-int8-cache": (lambda: CpuBackend("bfloat16", "int8"), 6e-3),
 }
 BLOCK_SIZE = 16
 
@@ -142,8 +143,9 @@ def random_step(
         [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(context)]
         for table, context in zip(tables, contexts, strict=True)
     ]
-    for tensor in (cache.keys, cache.values):
-        tensor.copy_(torch.randn(tensor.shape))
+    all_slots = torch.arange(cache.keys.shape[0] * BLOCK_SIZE)
+    rows = torch.randn(2, len(all_slots), kv_heads, 16)
+    backend.store(rows[0], rows[1], cache, all_slots)
     widest = max(needed)
     starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
     batch = ForwardBatch(
@@ -161,6 +163,12 @@ def random_step(
     return torch.randn(starts[-1], heads, 16), cache, batch, slots
 
 
+def stored_numbers(tensor: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values of all slots as the cache holds them: [slots, Hkv, D] float64."""
+    rows = tensor.flatten(0, 1).double()
+    return rows if scales is None else rows * scales.flatten(0, 1).double()[..., None]
+
+
 def attention_oracle(
     q: torch.Tensor, cache: KVCache, batch: ForwardBatch, slots: list[list[int]]
 ) -> torch.Tensor:
@@ -170,8 +178,11 @@ def attention_oracle(
     outs = []
     for i, context_slots in enumerate(slots):
         keys, values = (
-            tensor.flatten(0, 1)[context_slots].double().repeat_interleave(group, dim=1)
-            for tensor in (cache.keys, cache.values)
+            stored_numbers(tensor, scales)[context_slots].repeat_interleave(group, dim=1)
+            for tensor, scales in (
+                (cache.keys, cache.key_scales),
+                (cache.values, cache.value_scales),
+            )
         )
         queries = q[starts[i] : starts[i + 1]].double()
         scores = torch.einsum("qhd,khd->hqk", queries, keys) / math.sqrt(q.shape[2])
@@ -205,6 +216,67 @@ def test_attention_agrees_with_float64(
     expected = attention_oracle(q, cache, batch, slots)
     actual = backend.attention(q, cache, backend.plan_attention(batch), 16**-0.5)
     torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=2e-6)
+
+
+def int8_cache(num_blocks: int = 3) -> tuple[CpuBackend, KVCache]:
+    backend = CpuBackend("bfloat16", "int8")
+    return backend, backend.allocate_kv_cache(1, num_blocks, BLOCK_SIZE, 2, 64)[0]
+
+
+def test_an_int8_cache_is_half_a_step_off_at_most() -> None:
+    backend, cache = int8_cache()
+    torch.manual_seed(0)
+    # Heads and tokens of very different size, with an outlier in each, and one that is zero.
+    keys = torch.randn(20, 2, 64) * torch.logspace(-4, 3, 20)[:, None, None]
+    keys[..., 5] *= 30
+    keys[3, 1] = 0
+    values = torch.randn(20, 2, 64)
+    slots = torch.randperm(3 * BLOCK_SIZE)[:20]
+    backend.store(keys, values, cache, slots)
+    for rows, tensor, scales in (
+        (keys, cache.keys, cache.key_scales),
+        (values, cache.values, cache.value_scales),
+    ):
+        steps = rows.double().abs().amax(-1, keepdim=True) / 127
+        error = (stored_numbers(tensor, scales)[slots] - rows.double()).abs()
+        # float16 holds a scale to one part in 2048, and the largest code may be clamped by that.
+        assert (error <= steps * (0.5 + 127 / 2048) + 2**-25).all()
+
+
+def test_a_token_is_stored_alike_alone_and_in_a_crowd() -> None:
+    torch.manual_seed(1)
+    rows = torch.randn(2, 30, 2, 64)
+    backend, together = int8_cache()
+    backend.store(rows[0], rows[1], together, torch.arange(30))
+    _, apart = int8_cache()
+    for i in range(30):
+        backend.store(rows[0, i : i + 1], rows[1, i : i + 1], apart, torch.tensor([i]))
+    for left, right in zip(together.tensors, apart.tensors, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_what_is_not_a_number_stays_so_in_an_int8_cache_and_can_be_cleared() -> None:
+    backend, cache = int8_cache()
+    rows = torch.ones(2, 1, 2, 64)
+    rows[0, 0, 1, 7] = torch.nan
+    backend.store(rows[0], rows[1], cache, torch.tensor([BLOCK_SIZE]))
+    keys = stored_numbers(cache.keys, cache.key_scales)
+    assert keys[BLOCK_SIZE, 1].isnan().all()
+    assert keys[BLOCK_SIZE, 0].isfinite().all()
+    backend.copy_blocks([cache], [(1, 2)])
+    assert stored_numbers(cache.keys, cache.key_scales)[2 * BLOCK_SIZE, 1].isnan().all()
+    backend.clear_blocks([cache], [1, 2])
+    assert all(not tensor.any() for tensor in cache.tensors)
+
+
+def test_an_int8_cache_holds_almost_twice_the_tokens() -> None:
+    for head_dim in (64, 128):
+        wide = CpuBackend("bfloat16").kv_head_bytes(head_dim)
+        backend = CpuBackend("bfloat16", "int8")
+        assert wide / backend.kv_head_bytes(head_dim) >= 1.9
+        (cache,) = backend.allocate_kv_cache(1, 5, BLOCK_SIZE, 3, head_dim)
+        taken = sum(tensor.nbytes for tensor in cache.tensors)
+        assert taken == 5 * BLOCK_SIZE * 3 * 2 * backend.kv_head_bytes(head_dim)
 
 
 def test_head_keeps_the_order_that_bfloat16_would_tie() -> None:
@@ -259,3 +331,9 @@ def test_unknown_and_impossible_choices_are_refused_by_name() -> None:
         load_backend("metal")
     with pytest.raises(BackendUnavailable, match="precision is 'int8'"):
         CpuBackend("int8")
+    with pytest.raises(
+        BackendUnavailable, match="kv_cache_dtype is 'fp8'; it must be auto or int8"
+    ):
+        CpuBackend("bfloat16", "fp8")
+    with pytest.raises(BackendUnavailable, match="kv_cache_dtype is 'int8'; the reference backend"):
+        load_backend("reference", kv_cache_dtype="int8")

@@ -10,14 +10,20 @@ from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.model.loader import load_decoder
 from tiny import TinyModel
 
-BYTES_PER_BLOCK = 16 * 2 * 2 * 2 * 16  # tokens x (keys, values) x layers x KV heads x D, elements
+HEADS_PER_BLOCK = 16 * 2 * 2 * 2  # tokens x (keys, values) x layers x KV heads
+HEAD_DIM = 16
 
 
 def make_engine(
-    tiny: TinyModel, precision: str = "bfloat16", *, num_blocks: int = 64, **settings: int
+    tiny: TinyModel,
+    precision: str = "bfloat16",
+    kv_cache_dtype: str = "auto",
+    *,
+    num_blocks: int = 64,
+    **settings: int,
 ) -> LLMEngine:
-    backend = CpuBackend(precision)
-    per_block = BYTES_PER_BLOCK * backend.kv_dtype.itemsize
+    backend = CpuBackend(precision, kv_cache_dtype)
+    per_block = HEADS_PER_BLOCK * backend.kv_head_bytes(HEAD_DIM)
     config = EngineConfig(kv_cache_memory_bytes=num_blocks * per_block, **settings)
     return build_engine(load_decoder(tiny.folder, backend), config)
 
