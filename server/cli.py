@@ -465,13 +465,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _add_settings(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     for field in dataclasses.fields(config):
         if "help" in field.metadata:
-            parser.add_argument(
-                f"--{field.name.replace('_', '-')}",
-                type=field.metadata.get("type", type(field.default)),
-                default=field.default,
-                choices=field.metadata.get("choices"),
-                help=field.metadata["help"],
-            )
+            option = f"--{field.name.replace('_', '-')}"
+            more: dict[str, Any] = {
+                "type": field.metadata.get("type", type(field.default)),
+                "choices": field.metadata.get("choices"),
+            }
+            if more["type"] is bool:
+                more = {"action": argparse.BooleanOptionalAction}
+            parser.add_argument(option, default=field.default, help=field.metadata["help"], **more)
 
 
 def _settings(arguments: argparse.Namespace, config: type[Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,10 +42,37 @@ class EngineConfig:
     max_num_seqs: int = _setting(64, "sequences in one step")
     max_num_batched_tokens: int = _setting(512, "tokens in one step; decodes come first")
     max_queued_requests: int = _setting(1024, "requests that may wait; more are refused")
+    max_queued_tokens: int = _setting(
+        1 << 20, "tokens of waiting prompts together; more are refused"
+    )
+    max_queue_seconds: float = _setting(
+        600.0, "how long a request may wait to be started; 0 waits for ever"
+    )
+    prefix_cache: bool = _setting(True, "keep the blocks of ended sequences for equal prompts")
+    max_itl_stretch: float = _setting(
+        1.8,
+        "how much longer prompt tokens may make a step of running streams; 0 sets no limit but "
+        "max_num_batched_tokens",
+    )
+    step_timeout_seconds: float = _setting(
+        300.0, "a step that takes longer has hung: the server exits with status 70"
+    )
 
     def __post_init__(self) -> None:
         for name in ("block_size", "kv_cache_memory_bytes", "max_num_seqs", "max_queued_requests"):
             _require_positive(name, getattr(self, name))
+        _require_positive("max_queued_tokens", self.max_queued_tokens)
+        for name in ("max_queue_seconds", "max_itl_stretch"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidConfig(f"{name} is {getattr(self, name)}; it must not be negative")
+        if 0 < self.max_itl_stretch <= 1:
+            raise InvalidConfig(
+                f"max_itl_stretch is {self.max_itl_stretch}; it must be 0 or greater than 1"
+            )
+        if not 0 < self.step_timeout_seconds < math.inf:
+            raise InvalidConfig(
+                f"step_timeout_seconds is {self.step_timeout_seconds}; it must be positive"
+            )
         if self.max_model_len is not None:
             _require_positive("max_model_len", self.max_model_len)
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -34,6 +34,10 @@ class InvalidRequest(LowbitError):
 class QueueFull(LowbitError):
     """The waiting queue is at its bound; the same request may succeed later."""
 
+    def __init__(self, message: str, *, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds  # a guess, from the present speed
+
 
 class QueueTimeout(LowbitError):
     """The request waited for max_queue_seconds without being started."""
@@ -101,6 +105,7 @@ class SchedulingParams:
     priority: Priority = Priority.NORMAL
     # Who pays for the tokens and shares cached prompts. Set by the server, never by the caller.
     tenant: str = ""
+    weight: float = 1.0  # of the tenant's share against others of its class; the server's, too
     deadline_seconds: float | None = None  # from the request's arrival at the engine
 
     def __post_init__(self) -> None:
@@ -109,6 +114,12 @@ class SchedulingParams:
             "tenant",
             f"a string of {len(self.tenant)} characters",
             f"may have at most {MAX_TENANT_CHARACTERS}",
+        )
+        _require(
+            math.isfinite(self.weight) and self.weight > 0,
+            "weight",
+            self.weight,
+            "must be positive",
         )
         if self.deadline_seconds is not None:
             _require(

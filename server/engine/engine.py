@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 import secrets
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
@@ -11,7 +15,7 @@ from ..config import EngineConfig
 from ..types import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_SCHEDULING,
-    FinishReason,
+    EngineFailed,
     InvalidRequest,
     SamplingParams,
     SchedulingParams,
@@ -20,10 +24,13 @@ from ..types import (
     TokenOutput,
 )
 from .block_manager import BlockManager
-from .scheduler import Scheduler, SchedulerOutput
+from .pacing import PrefillPacer
+from .scheduler import Drafter, Scheduler, SchedulerOutput
 from .sequence import Sequence, SequenceResult
 
 logger = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 2  # in a row; then it is not the requests' fault
 
 
 class Runner(Protocol):
@@ -42,17 +49,16 @@ class LLMEngine:
         max_model_len: int,
         vocab_size: int,
         eos_token_ids: frozenset[int],
+        drafter: Drafter | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner = runner
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
-        self.scheduler = Scheduler(
-            BlockManager(num_blocks, config.block_size),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_queued_requests=config.max_queued_requests,
-        )
+        self.scheduler = _scheduler(config, num_blocks, drafter, clock)
+        self.current_step: SchedulerOutput | None = None  # while the runner works on it
+        self._num_failed_steps = 0  # in a row
         self.last_step = self._stats()
 
     @property
@@ -69,12 +75,8 @@ class LLMEngine:
     ) -> Sequence:
         """Check a request against the limits. Touches no engine state, so any thread may call it.
 
-        Raises InvalidRequest.
+        Sample 0 is returned, the others are its siblings. Raises InvalidRequest.
         """
-        if params.n > 1:
-            raise InvalidRequest(f"n is {params.n}; this engine makes 1 completion")
-        if scheduling.deadline_seconds is not None:
-            raise InvalidRequest("deadline_seconds is set; this engine has no deadlines")
         max_tokens = self._max_tokens(len(prompt_token_ids), params)
         self._check_token_ids("prompt", prompt_token_ids)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
@@ -83,21 +85,30 @@ class LLMEngine:
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
         stop_token_ids = eos | frozenset(params.stop_token_ids)
         _check_contradictions(params, max_tokens, stop_token_ids, constraint)
-        return Sequence(
-            request_id=request_id,
-            token_ids=list(prompt_token_ids),
-            num_prompt_tokens=len(prompt_token_ids),
-            max_tokens=max_tokens,
-            params=params,
-            stop_token_ids=stop_token_ids,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            priority=scheduling.priority,
-            tenant=scheduling.tenant,
-            deadline_seconds=scheduling.deadline_seconds,
-            # A token that was found in the cache has no logits.
-            reads_prefix_cache=params.prompt_logprobs is None,
-            constraint=constraint,
-        )
+        sibling_params = dataclasses.replace(params, prompt_logprobs=None)  # sample 0 has them
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+
+        def sample(index: int, siblings: tuple[Sequence, ...] = ()) -> Sequence:
+            return Sequence(
+                request_id=request_id,
+                token_ids=list(prompt_token_ids),
+                num_prompt_tokens=len(prompt_token_ids),
+                max_tokens=max_tokens,
+                params=params if index == 0 else sibling_params,
+                stop_token_ids=stop_token_ids,
+                seed=seed if index == 0 else _sibling_seed(seed, index),
+                index=index,
+                siblings=siblings,
+                priority=scheduling.priority,
+                tenant=scheduling.tenant,
+                weight=scheduling.weight,
+                deadline_seconds=scheduling.deadline_seconds,
+                # A token that was found in the cache has no logits.
+                reads_prefix_cache=index > 0 or params.prompt_logprobs is None,
+                constraint=constraint if constraint is None or index == 0 else constraint.fork(),
+            )
+
+        return sample(0, tuple(sample(index) for index in range(1, params.n)))
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises QueueFull, or InvalidRequest for a request id in use."""
@@ -105,53 +116,62 @@ class LLMEngine:
             raise InvalidRequest(f"request_id is {sequence.request_id!r}; it is already in use")
         self.scheduler.add(sequence)
 
-    def abort(self, request_id: str) -> None:
-        """End a request and free its blocks; one that is unknown or finished is left alone."""
-        if request_id in self.scheduler:
-            self.scheduler.finish(request_id)
-            self.last_step = self._stats()
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one of its samples; what is unknown or finished is left alone."""
+        self.scheduler.abort(request_id, index)
+        self.last_step = self._stats()
 
     def step(self) -> list[TokenOutput]:
-        """One forward pass over the scheduled tokens. A failing step fails its sequences alone."""
+        """One forward pass over the scheduled tokens. A failing step fails its sequences alone.
+
+        Raises EngineFailed when the second step in a row fails.
+        """
         output = self.scheduler.schedule()
+        if not output.sequences:
+            self.last_step = self._stats(output)
+            return output.ended
         finished_prompts = [
             s.num_prompt_tokens
             for s in output.sequences
-            if s.yields_token and s.num_completion_tokens == 0
+            if s.num_completion_tokens == 0 and s.yields_token
         ]
+        self.current_step = output
         try:
-            results = self.runner.execute(output) if output.sequences else []
+            results = self.runner.execute(output)
         except Exception as error:
-            logger.exception("a step of %d sequences failed", len(output.sequences))
-            return self._fail(output, error)
+            return output.ended + self._fail(output, error)
+        self.current_step = None
+        self._num_failed_steps = 0
         news = self.scheduler.update(output, results)
-        self.last_step = self._stats(sum(finished_prompts), len(news), output.num_preemptions)
-        return news
+        self.last_step = self._stats(output, sum(finished_prompts), len(news))
+        return output.ended + news
 
     def _fail(self, output: SchedulerOutput, error: Exception) -> list[TokenOutput]:
-        for sequence in output.sequences:
-            self.scheduler.finish(sequence.request_id)
-        self.last_step = self._stats(num_preemptions=output.num_preemptions)
-        return [
-            TokenOutput(
-                request_id=sequence.request_id,
-                token_id=None,
-                finish_reason=FinishReason.ERROR,
-                error=f"the step failed: {type(error).__name__}",
-            )
-            for sequence in output.sequences
-        ]
+        self._num_failed_steps += 1
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            raise EngineFailed(f"{self._num_failed_steps} steps in a row failed") from error
+        logger.exception("a step failed: %s", output.describe())
+        self.current_step = None
+        news = self.scheduler.fail(output, f"the step failed: {type(error).__name__}")
+        self.last_step = self._stats(output)
+        return news
 
     def _stats(
-        self, num_prompt_tokens: int = 0, num_generation_tokens: int = 0, num_preemptions: int = 0
+        self,
+        output: SchedulerOutput | None = None,
+        num_prompt_tokens: int = 0,
+        num_generation_tokens: int = 0,
     ) -> StepStats:
+        """Before the first step, and after an abort, there is no `output`."""
         return StepStats(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             kv_cache_usage_ratio=self.scheduler.block_manager.usage_ratio,
             num_prompt_tokens=num_prompt_tokens,
             num_generation_tokens=num_generation_tokens,
-            num_preemptions=num_preemptions,
+            num_preemptions=output.num_preemptions if output else 0,
+            num_prefix_queried_tokens=output.num_prefix_queried_tokens if output else 0,
+            num_prefix_hit_tokens=output.num_prefix_hit_tokens if output else 0,
         )
 
     def _check_token_ids(self, field: str, token_ids: SequenceOf[int]) -> None:
@@ -205,3 +225,25 @@ def _check_contradictions(
     if params.structured_output is not None and constraint is None:
         name, _ = params.structured_output
         raise InvalidRequest(f"{name} is set; this engine was given no constraint that follows it")
+
+
+def _scheduler(
+    config: EngineConfig, num_blocks: int, drafter: Drafter | None, clock: Callable[[], float]
+) -> Scheduler:
+    stretch = config.max_itl_stretch
+    return Scheduler(
+        BlockManager(num_blocks, config.block_size, prefix_cache=config.prefix_cache),
+        drafter,
+        PrefillPacer(stretch, config.block_size) if stretch else None,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_queued_requests=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
+        max_queue_seconds=config.max_queue_seconds or None,
+        clock=clock,
+    )
+
+
+def _sibling_seed(seed: int, index: int) -> int:
+    """63 bits that share nothing with the seed's own or another sibling's."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8]) >> 1

@@ -1,22 +1,30 @@
 """Which tokens run in the next step, and what becomes of the sequences after it. No torch.
 
-One token budget per step: sequences that decode come first, the rest goes to prompts in order of
-arrival, in chunks where a prompt does not fit. When blocks run out the newest running sequence
-gives its blocks up and waits at the head of the queue; what it had computed is computed again.
-The oldest running sequence can take the blocks of all others, and the engine admits only what fits
-the cache alone, so every step makes progress.
+One token budget per step: sequences that decode come first, the rest goes to prompts, in chunks
+where a prompt does not fit. Who is admitted next is up to the WaitingQueue.
+
+All sequences have one order: by priority class, then by arrival. When blocks run out, the last
+running sequence in that order gives its blocks up and waits; what it had computed is computed
+again. So the first one is never preempted, and the engine accepts only what fits the cache alone:
+every step brings the first running sequence nearer to its end. A sequence is admitted only with
+some room to spare, so that it is not preempted again at once.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+import time
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 from ..types import FinishReason, QueueFull, TokenOutput
-from .block_manager import BlockManager
+from .block_manager import BlockManager, NoFreeBlocks
+from .pacing import PrefillPacer
 from .sequence import SampledToken, Sequence, SequenceResult, SequenceStatus
+from .waiting_queue import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +32,25 @@ class SchedulerOutput:
     """The sequences of one step; each has `num_scheduled_tokens` set.
 
     Before the forward pass, in this order: `blocks_to_clear` are zeroed, then each pair of
-    `block_copies` is copied, source to target.
+    `block_copies` is copied, source to target, as if all at once.
     """
 
     sequences: list[Sequence]
     num_preemptions: int
     blocks_to_clear: list[int] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
-    ended: list[TokenOutput] = field(default_factory=list)  # ended while they waited or ran
+    ended: list[TokenOutput] = field(default_factory=list)  # their time is over
+    num_decodes: int = 0  # the first so many of the sequences
+    num_draft_tokens: int = 0
+    num_tokens: int = 0
+    num_prefix_queried_tokens: int = 0  # of the sequences admitted
+    num_prefix_hit_tokens: int = 0  # of them, found in the prefix cache
+    start_seconds: float = 0.0
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(sequence.num_scheduled_tokens for sequence in self.sequences)
+    def describe(self) -> str:
+        """For a log: what a step that failed or hung was working on."""
+        sequences = ", ".join(each.describe() for each in self.sequences)
+        return f"{self.num_tokens} tokens of {len(self.sequences)} sequences: {sequences}"
 
 
 class Drafter(Protocol):
@@ -53,142 +68,190 @@ class Scheduler:
         self,
         block_manager: BlockManager,
         drafter: Drafter | None = None,
+        pacer: PrefillPacer | None = None,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_queued_requests: int,
+        max_queued_tokens: int,
+        max_queue_seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.block_manager = block_manager
         self.drafter = drafter
+        self.pacer = pacer
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_queued_requests = max_queued_requests
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # in order of admission, oldest first
-        self._sequences: dict[str, Sequence] = {}
+        self.max_queued_tokens = max_queued_tokens
+        self.max_queue_seconds = max_queue_seconds
+        self._clock = clock
+        self.waiting = WaitingQueue()
+        # In order of admission; a sequence moves from the one to the other with its prompt's end.
+        self._prefilling: dict[Sequence, None] = {}
+        self._decoding: dict[Sequence, None] = {}
+        self._held: dict[Sequence, None] = {}  # siblings whose prompt sample 0 is computing
+        self._requests: dict[str, list[Sequence]] = {}  # those alive
+        self._expiries: list[tuple[float, int, Sequence, FinishReason]] = []
+        self._num_arrivals = 0
+        self._tokens_per_second = 0.0
+
+    # The queue
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + len(self._held)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._sequences
+        return request_id in self._requests
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. Raises QueueFull; a preempted one goes back without this check."""
-        assert sequence.request_id not in self._sequences
-        if len(self._waiting) >= self.max_queued_requests:
-            raise QueueFull(
-                f"{len(self._waiting)} requests are waiting; "
-                f"max_queued_requests is {self.max_queued_requests}"
-            )
-        self._sequences[sequence.request_id] = sequence
-        self._waiting.append(sequence)
+        """Queue a new sequence, its siblings with it. Raises QueueFull.
+
+        A preempted one goes back to the queue without this check.
+        """
+        assert sequence.request_id not in self._requests
+        samples = [sequence, *sequence.siblings]
+        self._check_queue(sequence, len(samples))
+        self._requests[sequence.request_id] = samples
+        for sample in samples:
+            self._num_arrivals += 1
+            sample.arrival = self._num_arrivals
+            self.waiting.open_account(sample)
+        self.waiting.push(sequence)
+        self._held.update(dict.fromkeys(sequence.siblings))
+        now = self._clock()
+        if sequence.deadline_seconds is not None:
+            self._expire_at(now + sequence.deadline_seconds, sequence, FinishReason.DEADLINE)
+        if self.max_queue_seconds is not None:
+            self._expire_at(now + self.max_queue_seconds, sequence, FinishReason.QUEUE_TIMEOUT)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or its sample `index`; what is unknown or finished is left alone."""
+        for sequence in list(self._requests.get(request_id, ())):
+            if index is None or sequence.index == index:
+                self._leave(sequence)
+
+    # The step
 
     def schedule(self) -> SchedulerOutput:
+        now = self._clock()
+        ended = self._expire(now)
         scheduled: list[Sequence] = []
         num_preemptions = self._schedule_decodes(scheduled)
-        budget = self.max_num_batched_tokens - len(scheduled)
-        budget -= self._add_drafts(budget, scheduled)
-        for sequence in self._running:
-            # All blocks of an admitted prompt are its own already, so this needs no room.
-            if budget > 0 and sequence.num_scheduled_tokens == 0:
+        num_decodes = len(scheduled)
+        budget = self.max_num_batched_tokens - num_decodes
+        num_draft_tokens = 0
+        if self.drafter is not None:
+            num_draft_tokens = self._add_drafts(self.drafter, scheduled, budget)
+            budget -= num_draft_tokens
+        if self.pacer is not None and num_decodes > 0 and (self._prefilling or self.waiting):
+            budget = min(budget, self.pacer.max_prefill_tokens(num_decodes))
+        for sequence in self._prefill_order():
+            if budget > 0:
                 budget -= _schedule_chunk(sequence, budget, scheduled)
+        admitted: list[Sequence] = []
         if num_preemptions == 0:
-            self._admit(budget, scheduled)
-        return SchedulerOutput(scheduled, num_preemptions)
+            num_preemptions = self._admit(budget, scheduled, admitted)
+        if num_preemptions > 0:
+            scheduled = [each for each in scheduled if each.status is SequenceStatus.RUNNING]
+            num_decodes = sum(each in self._decoding for each in scheduled)
+            num_draft_tokens = sum(len(each.draft_token_ids) for each in scheduled)
+        return SchedulerOutput(
+            scheduled,
+            num_preemptions,
+            blocks_to_clear=self.block_manager.take_clears(),
+            block_copies=self.block_manager.take_copies(),
+            ended=ended,
+            num_decodes=num_decodes,
+            num_draft_tokens=num_draft_tokens,
+            num_tokens=sum(each.num_scheduled_tokens for each in scheduled),
+            num_prefix_queried_tokens=sum(each.num_tokens for each in admitted),
+            num_prefix_hit_tokens=sum(each.num_cached_tokens for each in admitted),
+            start_seconds=now,
+        )
 
     def update(
         self, output: SchedulerOutput, results: SequenceOf[SequenceResult]
     ) -> list[TokenOutput]:
         """Record what the step computed. `results` has one entry per sequence that yields."""
+        self._observe(output, self._clock() - output.start_seconds)
         remaining = iter(results)
         news: list[TokenOutput] = []
         for sequence in output.sequences:
-            result = next(remaining) if sequence.yields_token else None
             drafts = sequence.draft_token_ids
-            sequence.num_cached_tokens += sequence.num_scheduled_tokens - len(drafts)
+            num_cached = sequence.num_cached_tokens + sequence.num_scheduled_tokens - len(drafts)
+            sequence.num_cached_tokens = num_cached
             sequence.num_scheduled_tokens = 0
-            sequence.draft_token_ids = []
-            if result is not None:
-                self._take(sequence, drafts, result, news)
+            if num_cached == len(sequence.token_ids):
+                self._take(sequence, next(remaining), news)
         return news
 
-    def finish(self, request_id: str) -> None:
-        """The one transition out of the engine: blocks are freed, the sequence is forgotten.
-
-        Raises KeyError for a request that is unknown or already finished.
-        """
-        sequence = self._sequences.pop(request_id)
-        if sequence.status is SequenceStatus.RUNNING:
-            self._running.remove(sequence)
-        else:
-            self._waiting.remove(sequence)
-        sequence.status = SequenceStatus.FINISHED
-        self.block_manager.release(sequence)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    def fail(self, output: SchedulerOutput, error: str) -> list[TokenOutput]:
+        """The step raised: its sequences end, and their blocks hold nobody knows what."""
+        news: list[TokenOutput] = []
+        for sequence in output.sequences:
+            self._fail(sequence, error, news)
+        self.block_manager.soil(output.blocks_to_clear)
+        return news
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a block or a sequence is lost or counted twice."""
-        self.block_manager.check_integrity(self._sequences.values())
-        assert len(self._waiting) + len(self._running) == len(self._sequences)
-        assert all(not sequence.block_table for sequence in self._waiting)
+        alive = [each for samples in self._requests.values() for each in samples]
+        self.block_manager.check_integrity(alive)
+        places = [*self.waiting, *self._held, *self._running()]
+        assert sorted(map(id, places)) == sorted(map(id, alive)), "a sequence is lost"
+        assert len(self.waiting) == len(list(self.waiting))
+        assert self.waiting.num_tokens == sum(each.num_tokens for each in self.waiting)
+        assert all(not each.block_table for each in (*self.waiting, *self._held))
+        assert all(each.num_uncached_tokens == 1 for each in self._decoding)
+
+    # Decodes
 
     def _schedule_decodes(self, scheduled: list[Sequence]) -> int:
-        """One token for each sequence that lacks just one; returns the number of preemptions."""
+        """One token for each sequence past its prompt; returns the number of preemptions."""
         num_preemptions = 0
-        for sequence in [s for s in self._running if s.num_uncached_tokens == 1]:
+        grow = self.block_manager.grow
+        for sequence in list(self._decoding):
             if sequence.status is not SequenceStatus.RUNNING:
-                continue  # gave way to an older one just now
-            num_preemptions += self._make_room(sequence)
-            if sequence.status is SequenceStatus.RUNNING:
-                self.block_manager.grow(sequence, sequence.num_tokens)
-                _schedule_chunk(sequence, 1, scheduled)
+                continue  # gave way to another one just now
+            try:
+                grow(sequence, len(sequence.token_ids))
+            except NoFreeBlocks:
+                num_preemptions += self._make_room(sequence)
+                if sequence.status is not SequenceStatus.RUNNING:
+                    continue
+            sequence.num_scheduled_tokens = 1
+            scheduled.append(sequence)
+        if num_preemptions > 0:
+            scheduled[:] = [each for each in scheduled if each.status is SequenceStatus.RUNNING]
         return num_preemptions
 
     def _make_room(self, sequence: Sequence) -> int:
-        """Preempt newer sequences until all tokens fit; at last the sequence itself."""
+        """Preempt the last running ones until all tokens fit; if need be the sequence itself."""
         num_preemptions = 0
-        while not self.block_manager.can_grow(sequence, sequence.num_tokens):
-            newest = self._running[-1]
-            self._preempt(newest)
+        while True:
+            last = max(self._running(), key=_order)
+            self._preempt(last)
             num_preemptions += 1
-            if newest is sequence:
-                break
-        return num_preemptions
+            if last is sequence:
+                return num_preemptions
+            try:
+                self.block_manager.grow(sequence, sequence.num_tokens)
+                return num_preemptions
+            except NoFreeBlocks:
+                continue
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self.block_manager.release(sequence)
-        sequence.status = SequenceStatus.WAITING
-        sequence.num_cached_tokens = 0
-        sequence.num_preemptions += 1
-        self._waiting.appendleft(sequence)
-
-    def _admit(self, budget: int, scheduled: list[Sequence]) -> None:
-        while self._waiting and budget > 0 and len(self._running) < self.max_num_seqs:
-            sequence = self._waiting[0]
-            # Room for all known tokens, not just this chunk: an admitted prompt is never stuck
-            # half way because of the prompts admitted after it.
-            if not self.block_manager.can_grow(sequence, sequence.num_tokens):
-                break
-            self._waiting.popleft()
-            self._running.append(sequence)
-            sequence.status = SequenceStatus.RUNNING
-            self.block_manager.grow(sequence, sequence.num_tokens)
-            budget -= _schedule_chunk(sequence, budget, scheduled)
-
-    def _add_drafts(self, budget: int, scheduled: list[Sequence]) -> int:
+    def _add_drafts(self, drafter: Drafter, scheduled: list[Sequence], budget: int) -> int:
         """Draft tokens for the sequences that decode, where budget and blocks are left over."""
-        if self.drafter is None:
-            return 0
         used = 0
         for sequence in scheduled:
             room = min(
@@ -196,59 +259,134 @@ class Scheduler:
                 sequence.max_tokens - sequence.num_completion_tokens - 1,
                 self.block_manager.growable_tokens(sequence) - sequence.num_tokens,
             )
-            drafts = self.drafter.propose(sequence, len(self._running), room) if room > 0 else []
-            assert len(drafts) <= max(0, room)
-            sequence.draft_token_ids = drafts
-            sequence.num_scheduled_tokens += len(drafts)
-            self.block_manager.grow(sequence, sequence.num_tokens + len(drafts))
-            used += len(drafts)
+            if room <= 0:
+                continue
+            drafts = drafter.propose(sequence, self.num_running, room)
+            assert len(drafts) <= room
+            if drafts:
+                sequence.draft_token_ids = drafts
+                sequence.num_scheduled_tokens += len(drafts)
+                self.block_manager.grow(sequence, sequence.num_tokens + len(drafts))
+                used += len(drafts)
         return used
 
-    def _take(
-        self,
-        sequence: Sequence,
-        drafts: list[int],
-        result: SequenceResult,
-        news: list[TokenOutput],
-    ) -> None:
+    # Prompts
+
+    def _prefill_order(self) -> list[Sequence]:
+        if len(self._prefilling) < 2:
+            return list(self._prefilling)
+        return sorted(self._prefilling, key=_share)
+
+    def _admit(self, budget: int, scheduled: list[Sequence], admitted: list[Sequence]) -> int:
+        """Start those who wait while there is room; returns the number of preemptions."""
+        num_preemptions = 0
+        while budget > 0 and (sequence := self.waiting.first()) is not None:
+            if num_preemptions > 0 and sequence.priority > admitted[-1].priority:
+                break  # those preempted just now are among them
+            if not self._has_room(sequence):
+                num_victims = self._preempt_lower_classes(sequence)
+                num_preemptions += num_victims
+                if num_victims == 0 or not self._has_room(sequence):
+                    break
+            self._start(sequence)
+            admitted.append(sequence)
+            budget -= _schedule_chunk(sequence, budget, scheduled)
+        return num_preemptions
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        if self.num_running >= self.max_num_seqs:
+            return False
+        return self.block_manager.can_admit(sequence, self._num_spare_blocks(sequence))
+
+    def _num_spare_blocks(self, sequence: Sequence) -> int:
+        """What the running ones may need before its prompt is done and it has decoded a while."""
+        if not self._prefilling and not self._decoding:
+            return 0
+        prefill_budget = max(1, self.max_num_batched_tokens - self.num_running)
+        num_steps = -(-sequence.num_tokens // prefill_budget)
+        return (self.num_running + 1) * self.block_manager.blocks_for(num_steps)
+
+    def _preempt_lower_classes(self, sequence: Sequence) -> int:
+        """Make room for it at the cost of strictly lower classes, if that can be enough."""
+        lower = sorted(
+            (each for each in self._running() if each.priority > sequence.priority), key=_order
+        )
+        obtainable = sum(len(each.block_table) for each in lower)
+        wanted = self.block_manager.blocks_for(sequence.num_tokens)
+        if not lower or wanted > self.block_manager.num_free_blocks + obtainable:
+            return 0
+        num_preemptions = 0
+        while lower and not self._has_room(sequence):
+            self._preempt(lower.pop())
+            num_preemptions += 1
+        return num_preemptions
+
+    def _start(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.RUNNING
+        # Room for all known tokens, not just this chunk: an admitted prompt is never stuck half
+        # way because of the prompts admitted after it.
+        self.block_manager.admit(sequence)
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.num_hit_tokens = sequence.num_cached_tokens
+            sequence.account.service += sequence.num_uncached_tokens / sequence.weight
+        self._prefilling[sequence] = None
+
+    # Ends and returns
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.block_manager.release(sequence, verified=sequence not in self._prefilling)
+        self._withdraw(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_preemptions += 1
+        self.waiting.push(sequence)
+
+    def _take(self, sequence: Sequence, result: SequenceResult, news: list[TokenOutput]) -> None:
         """Append the tokens until one ends the sequence; slots of rejected drafts are given up."""
         if result.error:
-            news.append(self._fail(sequence, result.error))
+            self._fail(sequence, result.error, news)
             return
-        num_accepted = len(result.tokens) - 1
-        assert [token.token_id for token in result.tokens[:-1]] == drafts[:num_accepted]
+        if sequence in self._prefilling:
+            del self._prefilling[sequence]
+            self._decoding[sequence] = None
+            self._release_siblings(sequence)
+        drafts = sequence.draft_token_ids
         if drafts:
-            assert self.drafter is not None
-            self.drafter.observe(sequence, len(drafts), num_accepted)
-        sequence.num_cached_tokens += num_accepted
+            self._judge_drafts(sequence, drafts, result)
         for token in result.tokens:
             news.append(self._append(sequence, token))
             if sequence.status is SequenceStatus.FINISHED:
                 return
         if drafts:
             self.block_manager.trim(sequence)
+        # Only now: that it has logits proves that what it has cached are numbers.
+        self.block_manager.commit(sequence)
 
-    def _fail(self, sequence: Sequence, error: str) -> TokenOutput:
-        self.finish(sequence.request_id)
-        return TokenOutput(
-            request_id=sequence.request_id,
-            index=sequence.index,
-            token_id=None,
-            finish_reason=FinishReason.ERROR,
-            error=error,
-        )
+    def _judge_drafts(self, sequence: Sequence, drafts: list[int], result: SequenceResult) -> None:
+        num_accepted = len(result.tokens) - 1
+        assert [token.token_id for token in result.tokens[:-1]] == drafts[:num_accepted]
+        sequence.draft_token_ids = []
+        sequence.num_cached_tokens += num_accepted
+        assert self.drafter is not None
+        self.drafter.observe(sequence, len(drafts), num_accepted)
 
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
         sequence.token_ids.append(token.token_id)
+        sequence.account.service += 1 / sequence.weight
         reason = None
         if token.token_id in sequence.stop_token_ids:
             reason = FinishReason.STOP
-        elif sequence.num_completion_tokens >= sequence.max_tokens:
+        elif len(sequence.token_ids) - sequence.num_prompt_tokens >= sequence.max_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:
-            self.finish(sequence.request_id)
+            # Accepted draft tokens behind the one that ends it are dropped.
+            sequence.num_cached_tokens = min(sequence.num_cached_tokens, sequence.num_tokens)
+            self.block_manager.commit(sequence)
+            self._leave(sequence)
         return TokenOutput(
             request_id=sequence.request_id,
+            index=sequence.index,
             token_id=token.token_id,
             logprob=token.logprob,
             top_logprobs=token.top_logprobs,
@@ -256,10 +394,144 @@ class Scheduler:
                 tuple(sequence.prompt_logprobs) if sequence.num_completion_tokens == 1 else ()
             ),
             finish_reason=reason,
+            num_cached_tokens=sequence.num_hit_tokens,
         )
+
+    def _release_siblings(self, leader: Sequence) -> None:
+        """Sample 0 has computed the prompt: the others share it, or wait for a place."""
+        for sibling in leader.siblings:
+            if sibling not in self._held:
+                continue  # it had its start before a preemption, or has ended
+            del self._held[sibling]
+            if self.num_running >= self.max_num_seqs:
+                self.waiting.push(sibling)
+                continue
+            sibling.status = SequenceStatus.RUNNING
+            sibling.was_admitted = True
+            self.block_manager.fork(leader, sibling)
+            self._decoding[sibling] = None
+
+    def _fail(self, sequence: Sequence, error: str, news: list[TokenOutput]) -> None:
+        """End it, and the siblings that still wait for its prompt."""
+        held = [sibling for sibling in sequence.siblings if sibling in self._held]
+        for each in (sequence, *held):
+            self.block_manager.forget(each)
+            self._leave(each, verified=False)
+            news.append(_ended(each, FinishReason.ERROR, error))
+
+    def _expire_at(self, seconds: float, leader: Sequence, reason: FinishReason) -> None:
+        if len(self._expiries) > 64 + 4 * len(self._requests):
+            self._expiries = [each for each in self._expiries if _alive(each[2])]
+            heapq.heapify(self._expiries)
+        heapq.heappush(self._expiries, (seconds, leader.arrival, leader, reason))
+
+    def _expire(self, now: float) -> list[TokenOutput]:
+        """End the requests whose time is over."""
+        ended: list[TokenOutput] = []
+        while self._expiries and self._expiries[0][0] <= now:
+            _, _, leader, reason = heapq.heappop(self._expiries)
+            if reason is FinishReason.QUEUE_TIMEOUT and leader.was_admitted:
+                continue
+            for sequence in _alive(leader):
+                self._leave(sequence)
+                ended.append(_ended(sequence, reason, self._why(leader, reason)))
+        return ended
+
+    def _why(self, leader: Sequence, reason: FinishReason) -> str:
+        if reason is FinishReason.DEADLINE:
+            return f"deadline_seconds is {leader.deadline_seconds:g}; that time is over"
+        return (
+            f"the request waited for {self.max_queue_seconds:g} seconds (max_queue_seconds) "
+            "without being started"
+        )
+
+    def _leave(self, sequence: Sequence, *, verified: bool = True) -> None:
+        """The one transition out of the engine: blocks are freed, the sequence is forgotten."""
+        verified = verified and sequence not in self._prefilling  # no logits have told yet
+        if sequence.status is SequenceStatus.RUNNING:
+            self._withdraw(sequence)
+        elif sequence in self._held:
+            del self._held[sequence]
+        else:
+            self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        self.block_manager.release(sequence, verified=verified)
+        self.waiting.close_account(sequence)
+        samples = self._requests[sequence.request_id]
+        samples.remove(sequence)
+        if not samples:
+            del self._requests[sequence.request_id]
+        for sibling in sequence.siblings:  # now each must compute the prompt by itself
+            if sibling in self._held:
+                del self._held[sibling]
+                self.waiting.push(sibling)
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        """Out of the running ones, and of what was scheduled."""
+        if sequence in self._decoding:
+            del self._decoding[sequence]
+        else:
+            del self._prefilling[sequence]
+        sequence.num_scheduled_tokens = 0
+        sequence.draft_token_ids = []
+
+    def _running(self) -> Iterable[Sequence]:
+        return chain(self._prefilling, self._decoding)
+
+    # What was measured
+
+    def _check_queue(self, sequence: Sequence, num_samples: int) -> None:
+        """Raises QueueFull. An empty queue takes any request that can run at all."""
+        num_waiting, num_tokens = self.num_waiting, self.waiting.num_tokens
+        over_requests = num_waiting + num_samples > self.max_queued_requests
+        over_tokens = num_tokens + sequence.num_tokens > self.max_queued_tokens
+        if num_waiting == 0 or not (over_requests or over_tokens):
+            return
+        name = "max_queued_requests" if over_requests else "max_queued_tokens"
+        retry_after = self._seconds_for(num_tokens)
+        raise QueueFull(
+            f"{num_waiting} requests with {num_tokens} tokens are waiting; {name} is "
+            f"{getattr(self, name)}; try again in {retry_after:.0f} s",
+            retry_after_seconds=retry_after,
+        )
+
+    def _seconds_for(self, num_tokens: int) -> float:
+        """How long as many tokens take at the present speed, in [1, 600]."""
+        return min(600.0, max(1.0, num_tokens / max(self._tokens_per_second, 1.0)))
+
+    def _observe(self, output: SchedulerOutput, seconds: float) -> None:
+        num_prefill = output.num_tokens - output.num_decodes - output.num_draft_tokens
+        if self.pacer is not None and output.num_decodes > 0:
+            self.pacer.observe(output.num_decodes, num_prefill, seconds)
+        if seconds > 0:
+            speed = output.num_tokens / seconds
+            self._tokens_per_second += 0.1 * (speed - self._tokens_per_second)
 
 
 def _schedule_chunk(sequence: Sequence, budget: int, scheduled: list[Sequence]) -> int:
     sequence.num_scheduled_tokens = min(sequence.num_uncached_tokens, budget)
     scheduled.append(sequence)
     return sequence.num_scheduled_tokens
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority, sequence.arrival
+
+
+def _share(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.priority, sequence.account.service, sequence.arrival
+
+
+def _alive(leader: Sequence) -> list[Sequence]:
+    samples = (leader, *leader.siblings)
+    return [each for each in samples if each.status is not SequenceStatus.FINISHED]
+
+
+def _ended(sequence: Sequence, reason: FinishReason, error: str) -> TokenOutput:
+    return TokenOutput(
+        request_id=sequence.request_id,
+        index=sequence.index,
+        token_id=None,
+        finish_reason=reason,
+        error=error,
+    )

@@ -34,6 +34,14 @@ class SequenceResult:
 
 
 @dataclass(slots=True, eq=False)
+class Account:
+    """What one tenant has been served in one priority class, in tokens over its weight."""
+
+    service: float = 0.0
+    num_sequences: int = 0  # alive: waiting or running
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """Tokens known so far and how many of them have keys and values in the cache.
 
@@ -52,6 +60,7 @@ class Sequence:
     siblings: tuple[Sequence, ...] = ()  # of sample 0: the samples that wait for its prompt
     priority: Priority = Priority.NORMAL
     tenant: str = ""
+    weight: float = 1.0  # of its tenant
     deadline_seconds: float | None = None  # from its arrival
     reads_prefix_cache: bool = True  # False computes every prompt token, for example for logprobs
     status: SequenceStatus = SequenceStatus.WAITING
@@ -63,6 +72,12 @@ class Sequence:
     constraint: TokenConstraint | None = None  # has taken in the tokens of the completion
     # Of the prompt's tokens from the second on, as far as they were computed, where asked for.
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    arrival: int = 0  # its number among all sequences, set by the scheduler
+    was_admitted: bool = False
+    account: Account = field(default_factory=Account)  # its tenant's, set by the queue
+    block_hashes: list[bytes] = field(default_factory=list)  # of its first blocks, once computed
+    num_hit_tokens: int = 0  # of the prompt, found in the prefix cache at its first start
+    num_committed_blocks: int = 0  # offered to the prefix cache
 
     @property
     def num_tokens(self) -> int:
@@ -106,3 +121,11 @@ class Sequence:
         first = max(self.num_cached_tokens, len(self.prompt_logprobs))
         end = self.num_cached_tokens + self.num_scheduled_tokens
         return range(first, min(end, self.num_prompt_tokens - 1))
+
+    def describe(self) -> str:
+        """For a log; says nothing of what the tokens are."""
+        return (
+            f"{self.request_id}[{self.index}] prompt {self.num_prompt_tokens} completion "
+            f"{self.num_completion_tokens} cached {self.num_cached_tokens} scheduled "
+            f"{self.num_scheduled_tokens} blocks {len(self.block_table)}"
+        )

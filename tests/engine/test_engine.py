@@ -57,7 +57,7 @@ def test_greedy_tokens_are_the_same_alone_in_a_crowd_and_after_preemption(
     chunked = run(make(max_num_seqs=8, max_num_batched_tokens=13), REQUESTS)
     starved = run(make(num_blocks=9), REQUESTS)
     assert crowd["preemptions"] == 0
-    assert starved["preemptions"] > 3
+    assert starved["preemptions"] > 0
     for request_id in REQUESTS:
         assert crowd[request_id] == alone[request_id]
         assert chunked[request_id] == alone[request_id]

@@ -259,18 +259,18 @@ async def test_more_requests_than_the_server_holds() -> None:
 async def test_a_failing_step_is_told_by_request_id(caplog: pytest.LogCaptureFixture) -> None:
     rig = make_rig()
     async with running(rig), AsyncClient(rig.address) as client:
-        rig.runner.fails = True
         for call in (
             client.generate("Hi", request_id="a"),
             anext(client.stream("Hi", request_id="a")),
         ):
+            rig.runner.fails = True
             with pytest.raises(
                 grpc.aio.AioRpcError, match="request a failed: the step failed"
             ) as caught:
                 await call
             assert caught.value.code() is StatusCode.INTERNAL
-        rig.runner.fails = False
-        assert (await client.generate("Hi")).text == "Hello, world!"
+            rig.runner.fails = False
+            assert (await client.generate("Hi")).text == "Hello, world!"
         assert rig.ended("error") == 2
         await rig.wait_blocks_free()
 

@@ -1,0 +1,162 @@
+"""A model made of hashes that notices every slot it should not have been told to read or write."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from lowbit.server.engine.scheduler import SchedulerOutput
+from lowbit.server.engine.sequence import SampledToken, Sequence, SequenceResult
+
+VOCAB = 50
+EOS = 49
+NOT_A_NUMBER = "nan"
+
+
+class Violation(BaseException):
+    """Passes through the engine, which takes an Exception for a step that failed."""
+
+
+def check(holds: bool, what: str) -> None:
+    if not holds:
+        raise Violation(what)
+
+
+@dataclass(frozen=True)
+class Content:
+    """Keys and values stand for the tokens up to theirs, and for the tenant who may see them."""
+
+    tenant: str
+    tokens: tuple[int, ...]
+
+
+class CheckingRunner:
+    """Writes a Content to the slot of every scheduled token and reads the whole context back.
+
+    The next token is a hash of the context and the sequence's seed. Draft tokens are verified the
+    way a model does it. Requests in `poisoned` compute what is not a number.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots: dict[int, Content | str] = {}
+        self.poisoned: set[str] = set()
+        self.fail_next = False
+        self.has_just_failed = False
+        self.num_computed_tokens = 0
+
+    def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
+        self.has_just_failed = self.fail_next
+        if self.fail_next:
+            self.fail_next = False
+            # It got half way: what it should have written is anything.
+            self._write([each for each in output.sequences if each.arrival % 2])
+            raise RuntimeError("injected")
+        self._clear_and_copy(output)
+        self._check_writes(output.sequences)
+        self._write(output.sequences)
+        self.num_computed_tokens += output.num_tokens
+        return [self._result(each) for each in output.sequences if each.yields_token]
+
+    def _clear_and_copy(self, output: SchedulerOutput) -> None:
+        for block in output.blocks_to_clear:
+            for slot in self._slots_of(block):
+                self.slots.pop(slot, None)
+        before = dict(self.slots)
+        targets = [target for _, target in output.block_copies]
+        check(len(set(targets)) == len(targets), "a block is the target of two copies")
+        for source, target in output.block_copies:
+            for old, new in zip(self._slots_of(source), self._slots_of(target), strict=True):
+                self.slots.pop(new, None)
+                if old in before:
+                    self.slots[new] = before[old]
+
+    def _check_writes(self, sequences: SequenceOf[Sequence]) -> None:
+        """A block that is written to stands in one sequence's table, once."""
+        users: dict[int, int] = {}
+        for sequence in sequences:
+            for block in sequence.block_table:
+                users[block] = users.get(block, 0) + 1
+        for sequence in sequences:
+            last = sequence.num_cached_tokens + sequence.num_scheduled_tokens - 1
+            for position in (sequence.num_cached_tokens, last):
+                block = sequence.block_table[position // self.block_size]
+                check(users[block] == 1, f"a block that {users[block]} use is written to")
+
+    def _write(self, sequences: SequenceOf[Sequence]) -> None:
+        for sequence in sequences:
+            known = sequence.token_ids[: sequence.num_cached_tokens]
+            for token in sequence.scheduled_token_ids:
+                content = Content(sequence.tenant, (*known, token))
+                is_poisoned = sequence.request_id in self.poisoned
+                self.slots[self._slot(sequence, len(known))] = (
+                    NOT_A_NUMBER if is_poisoned else content
+                )
+                known.append(token)
+
+    def _result(self, sequence: Sequence) -> SequenceResult:
+        if sequence.request_id in self.poisoned:
+            return SequenceResult(error="not a number")
+        self._check_context(sequence)
+        tokens: list[SampledToken] = []
+        context = list(sequence.token_ids)
+        for draft in [*sequence.draft_token_ids, None]:
+            token = expected_next(context, sequence.seed)
+            tokens.append(SampledToken(token, 0.0))
+            context.append(token)
+            if token != draft:
+                break
+        return SequenceResult(tuple(tokens))
+
+    def _check_context(self, sequence: Sequence) -> None:
+        for position in range(sequence.num_tokens):
+            expected = Content(sequence.tenant, tuple(sequence.token_ids[: position + 1]))
+            found = self.slots.get(self._slot(sequence, position))
+            check(found == expected, f"a stale slot is read: {found}, not {expected}")
+        # Attention multiplies what it masks by 0, and 0 times NaN is NaN.
+        for block in sequence.block_table:
+            for slot in self._slots_of(block):
+                check(self.slots.get(slot) != NOT_A_NUMBER, "a NaN of another sequence is read")
+
+    def _slots_of(self, block: int) -> range:
+        return range(block * self.block_size, (block + 1) * self.block_size)
+
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        block = sequence.block_table[position // self.block_size]
+        return block * self.block_size + position % self.block_size
+
+
+class GuessingDrafter:
+    """Often right, for it knows the model; every third guess is not."""
+
+    def __init__(self) -> None:
+        self.num_accepted = 0
+        self.num_rejected = 0
+
+    def propose(self, sequence: Sequence, num_running: int, max_draft_tokens: int) -> list[int]:
+        context = list(sequence.token_ids)
+        for _ in range(min(max_draft_tokens, sequence.num_tokens % 5)):
+            token = expected_next(context, sequence.seed)
+            context.append(token if len(context) % 3 else (token + 1) % VOCAB)
+        return context[sequence.num_tokens :]
+
+    def observe(self, sequence: Sequence, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        assert 0 <= num_accepted_tokens <= num_draft_tokens
+        self.num_accepted += num_accepted_tokens
+        self.num_rejected += num_draft_tokens - num_accepted_tokens
+
+
+def expected_next(token_ids: list[int], seed: int) -> int:
+    digest = hashlib.sha256(bytes(token_ids) + seed.to_bytes(8)).digest()
+    return digest[0] % VOCAB
+
+
+def expected_completion(prompt: list[int], seed: int, max_tokens: int) -> list[int]:
+    """Up to the end of the sequence."""
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_tokens:
+        tokens.append(expected_next(tokens, seed))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
