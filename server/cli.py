@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from .config import EngineConfig, ServerConfig
-from .types import LowbitError
+from .types import EngineFailed, LowbitError
 
 logger = logging.getLogger(__name__)
 
 EXIT_FAILURE = 1
+EXIT_ENGINE_FAILED = 70  # a supervisor should start the server again
 EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
@@ -457,8 +458,18 @@ def _serve(arguments: argparse.Namespace) -> int:
             flush=True,
         )
 
-    async_engine = AsyncEngine(engine, on_step=metrics.observe_step, thread=thread)
-    asyncio.run(serve(config, async_engine, tokenizer, metrics, on_started=announce))
+    async_engine = AsyncEngine(
+        engine,
+        on_step=metrics.observe_step,
+        thread=thread,
+        step_timeout_seconds=config.engine.step_timeout_seconds,
+    )
+    try:
+        asyncio.run(serve(config, async_engine, tokenizer, metrics, on_started=announce))
+    except EngineFailed as error:
+        logger.critical("the engine failed: %s", error)
+        logging.shutdown()
+        os._exit(EXIT_ENGINE_FAILED)  # not by returning: its thread may hang for ever
     return 0
 
 

@@ -55,6 +55,8 @@ class Metrics:
         self.prompt_tokens.inc(stats.num_prompt_tokens)
         self.generation_tokens.inc(stats.num_generation_tokens)
         self.preemptions.inc(stats.num_preemptions)
+        self.prefix_cache_queries.inc(stats.num_prefix_queried_tokens)
+        self.prefix_cache_hits.inc(stats.num_prefix_hit_tokens)
 
     def observe_request(self) -> RequestObserver:
         """A request has arrived: tell the observer of its tokens and its end."""
@@ -80,7 +82,17 @@ class Metrics:
         )
         self.preemptions = Counter(
             "lowbit_preemptions_total",
-            "Times that a sequence gave its KV-cache blocks up for an older one.",
+            "Times that a sequence gave its KV-cache blocks up for another one.",
+            registry=registry,
+        )
+        self.prefix_cache_queries = Counter(
+            "lowbit_prefix_cache_queried_tokens_total",
+            "Tokens of the sequences admitted, those admitted again included.",
+            registry=registry,
+        )
+        self.prefix_cache_hits = Counter(
+            "lowbit_prefix_cache_hit_tokens_total",
+            "Of the queried tokens, those that were found in the prefix cache.",
             registry=registry,
         )
 

@@ -430,7 +430,8 @@ class Scheduler:
         ended: list[TokenOutput] = []
         while self._expiries and self._expiries[0][0] <= now:
             _, _, leader, reason = heapq.heappop(self._expiries)
-            if reason is FinishReason.QUEUE_TIMEOUT and leader.was_admitted:
+            samples = (leader, *leader.siblings)
+            if reason is FinishReason.QUEUE_TIMEOUT and any(s.was_admitted for s in samples):
                 continue
             for sequence in _alive(leader):
                 self._leave(sequence)

@@ -133,7 +133,7 @@ async def serve(
     """Serve until SIGTERM or Ctrl-C, then drain and return. A second signal cuts the drain short.
 
     Call it on the main thread's event loop. `on_started` hears of the server when it serves, for
-    the ports that it got. Raises CannotListen.
+    the ports that it got. Raises CannotListen, and EngineFailed once the engine is beyond help.
     """
     server = GenerationServer(config, engine, tokenizer, metrics)
     with _stop_signals(on_second=server.hurry) as stop_requested:
@@ -144,11 +144,24 @@ async def serve(
             )
             if on_started is not None:
                 on_started(server)
-            await stop_requested.wait()
+            await _stop_or_failure(stop_requested, engine)
             logger.info("draining for at most %g seconds", config.drain_grace_seconds)
             await server.drain()
         finally:
             await server.stop()
+
+
+async def _stop_or_failure(stop_requested: asyncio.Event, engine: Engine) -> None:
+    """Return when a signal asks for the end. Raises EngineFailed when the engine has failed."""
+    stop = asyncio.create_task(stop_requested.wait())
+    failure = asyncio.create_task(engine.wait_failed())
+    try:
+        await asyncio.wait({stop, failure}, return_when=asyncio.FIRST_COMPLETED)
+        if failure.done():
+            raise failure.result()
+    finally:
+        stop.cancel()
+        failure.cancel()
 
 
 @contextmanager

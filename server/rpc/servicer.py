@@ -65,6 +65,8 @@ class Engine(Protocol):
 
     async def wait_idle(self) -> None: ...
 
+    async def wait_failed(self) -> EngineFailed: ...
+
     def generate(
         self,
         request_id: str,
@@ -177,6 +179,8 @@ class GenerationServicer:
     ) -> RequestEnd:
         params = sampling_params_of(request.sampling)
         scheduling = scheduling_params_of(request)
+        if params.n > 1:
+            raise InvalidRequest(f"n is {params.n}; a call makes 1 completion")
         constraint = await self._constrain(params)
         token_ids = await self._encode(request)
         # An answer in a chat is a text of its own; a completion goes on where its prompt ends.
