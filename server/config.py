@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_DRAFT_TOKENS = 32
+
 
 class InvalidConfig(ValueError):
     """A setting is out of range. The text names the setting, the value and the limit."""
@@ -41,6 +43,11 @@ class EngineConfig:
     )
     max_num_seqs: int = _setting(64, "sequences in one step")
     max_num_batched_tokens: int = _setting(512, "tokens in one step; decodes come first")
+    max_draft_tokens: int = _setting(
+        0,
+        "guessed tokens of a sequence that one step verifies, where its text repeats itself or "
+        "its prompt; changes no output; 0 is off",
+    )
     max_queued_requests: int = _setting(1024, "requests that may wait; more are refused")
     max_queued_tokens: int = _setting(
         1 << 20, "tokens of waiting prompts together; more are refused"
@@ -75,6 +82,11 @@ class EngineConfig:
             )
         if self.max_model_len is not None:
             _require_positive("max_model_len", self.max_model_len)
+        if not 0 <= self.max_draft_tokens <= MAX_DRAFT_TOKENS:
+            raise InvalidConfig(
+                f"max_draft_tokens is {self.max_draft_tokens}; it must lie in "
+                f"[0, {MAX_DRAFT_TOKENS}]"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidConfig(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; "
@@ -88,16 +100,8 @@ class ServerConfig:
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(50051, "of the gRPC services; 0 picks a free one")
-    model_name: str = _setting("", "what the model is called; by default its folder's name")
     metrics_port: int = _setting(9464, "of the Prometheus metrics; 0 picks a free one")
     max_message_bytes: int = _setting(4 << 20, "of one request")
-    max_send_message_bytes: int = _setting(16 << 20, "of one reply")
-    max_buffered_tokens: int = _setting(
-        4096, "of one stream, made but not sent; beyond that its tokens wait in the engine's queue"
-    )
-    stall_timeout_seconds: float = _setting(
-        30.0, "a caller that reads nothing for so long while there is something loses its request"
-    )
     drain_grace_seconds: float = _setting(
         30.0, "how long running requests may go on after SIGTERM or Ctrl-C"
     )
@@ -108,12 +112,7 @@ class ServerConfig:
             value = getattr(self, name)
             if not 0 <= value < 1 << 16:
                 raise InvalidConfig(f"{name} is {value}; it must lie in [0, 65535]")
-        for name in ("max_message_bytes", "max_send_message_bytes", "max_buffered_tokens"):
-            _require_positive(name, getattr(self, name))
-        if not self.stall_timeout_seconds > 0:
-            raise InvalidConfig(
-                f"stall_timeout_seconds is {self.stall_timeout_seconds}; it must be positive"
-            )
+        _require_positive("max_message_bytes", self.max_message_bytes)
         if self.drain_grace_seconds < 0:
             raise InvalidConfig(
                 f"drain_grace_seconds is {self.drain_grace_seconds}; it must not be negative"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import inspect
+import json
 import re
 import signal
 import subprocess
@@ -114,6 +115,52 @@ def test_greedy_tokens_alone_in_a_crowd_and_after_preemption(
         alone = completions(build_engine(decoder, EngineConfig()), {request_id: prompt})
         assert crowd[request_id] == alone[request_id]
         assert starved[request_id] == alone[request_id]
+
+
+def test_drafts_change_no_token_of_fifty_prompts(
+    real_checkpoint: Path, text_ids: list[int]
+) -> None:
+    decoder = load_decoder(real_checkpoint, CpuBackend("bfloat16"))
+    prompts = {f"r{i}": text_ids[i * 35 : i * 35 + 40 + i] for i in range(50)}
+    expected = completions(build_engine(decoder, EngineConfig()), prompts)
+    config = EngineConfig(max_draft_tokens=8, max_num_seqs=8)
+    assert completions(build_engine(decoder, config), prompts) == expected
+
+
+def test_forms_are_followed_with_the_models_own_tokens(real_checkpoint: Path) -> None:
+    """Tokens of many characters, some of which reach across the form's parts."""
+    tokenizer = Tokenizer.from_folder(real_checkpoint)
+    engine = build_engine(
+        load_decoder(real_checkpoint, CpuBackend("bfloat16")), EngineConfig(max_draft_tokens=4)
+    )
+    schema = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 20},
+            "country": {"enum": ["France", "Italy"]},
+            "population": {"type": "integer", "minimum": 0, "maximum": 99_999_999},
+        },
+        "required": ["city", "country", "population"],
+        "additionalProperties": False,
+    }
+    texts: list[str] = []
+    for form in ({"json_schema": json.dumps(schema)}, {"choice": ("Paris", "Rome", "Lyon")}):
+        for seed in range(4):
+            params = SamplingParams(seed=seed, max_tokens=80, **form)
+            constraint = tokenizer.constraint(params, engine.vocab_size, engine.eos_token_ids)
+            prompt = tokenizer.encode_chat(QUESTION)
+            engine.add(engine.new_sequence("r", prompt, params, constraint=constraint))
+            tokens: list[int | None] = []
+            while engine.has_work:
+                tokens += [output.token_id for output in engine.step()]
+            assert tokens[-1] in engine.eos_token_ids
+            texts.append(tokenizer.decode([token for token in tokens if token is not None]))
+    for text in texts[:4]:
+        found = json.loads(text)
+        assert list(found) == ["city", "country", "population"]
+        assert len(found["city"]) <= 20 and found["country"] in ("France", "Italy")
+        assert 0 <= found["population"] <= 99_999_999
+    assert set(texts[4:]) <= {"Paris", "Rome", "Lyon"}
 
 
 @contextmanager

@@ -24,13 +24,7 @@ ALLOWED = {
     "server.types": set(),
     "server.config": set(),
     "server.metrics": {"server.types"},
-    "server.model": {
-        "server.model",
-        "server.types",
-        "kernels",
-        "quant.checkpoint",
-        "quant.errors",
-    },
+    "server.model": {"server.model", "kernels", "quant.checkpoint", "quant.errors"},
     "server.engine": {
         "server.engine",
         "server.model",
@@ -59,12 +53,19 @@ OWNERS = {
     "grpc": ("server.rpc", "server.client"),
     "grpc_health": ("server.rpc", "server.client"),
     "grpc_reflection": ("server.rpc",),
-    "grpc_status": ("server.rpc", "server.client"),
     "torch": ("kernels", "quant", "server.engine", "server.model"),
     "transformers": ("quant", "server.text"),
     "llguidance": ("server.text",),
 }
-NO_TORCH = ("sequence", "block_manager", "scheduler", "engine", "async_engine")
+NO_TORCH = (
+    "sequence",
+    "drafter",
+    "constraints",
+    "block_manager",
+    "scheduler",
+    "engine",
+    "async_engine",
+)
 
 
 def module_name(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import EngineConfig, InvalidConfig
 from ..model.decoder import Decoder
+from .drafter import PromptLookupDrafter
 from .engine import LLMEngine
 from .model_runner import ModelRunner
 
@@ -19,6 +20,7 @@ def build_engine(decoder: Decoder, config: EngineConfig) -> LLMEngine:
         max_model_len=max_model_len,
         vocab_size=decoder.config.vocab_size,
         eos_token_ids=decoder.config.eos_token_ids,
+        drafter=PromptLookupDrafter(config.max_draft_tokens) if config.max_draft_tokens else None,
     )
 
 

@@ -70,6 +70,7 @@ class Sequence:
     draft_token_ids: list[int] = field(default_factory=list)  # guessed, verified by the step
     num_preemptions: int = 0
     constraint: TokenConstraint | None = None  # has taken in the tokens of the completion
+    history: object = None  # whatever the drafter keeps; it outlives a preemption
     # Of the prompt's tokens from the second on, as far as they were computed, where asked for.
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     arrival: int = 0  # its number among all sequences, set by the scheduler

@@ -1,0 +1,160 @@
+"""Decoding with and without prompt-lookup drafts, one stream at a time, on a real checkpoint.
+
+    python tests/benchmarks/speculation.py CHECKPOINT [--rounds 3] [--max-draft-tokens 8]
+
+Copying: the model is asked to repeat texts, and repeats most of each. Unfriendly: stories, sampled
+at temperature 1, in which little comes back. Prompts run in turns with and without drafts; the time
+is that from the first token to the last. Every token must be the same with and without drafts, or
+this ends with an error. Prints its setup, a table and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lowbit.kernels.cpu import CpuBackend
+from lowbit.server.config import EngineConfig
+from lowbit.server.engine.build import build_engine
+from lowbit.server.engine.engine import LLMEngine
+from lowbit.server.model.loader import load_decoder
+from lowbit.server.text.tokenizer import Tokenizer
+from lowbit.server.types import ChatMessage, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from quantizers import commit, processor
+
+PASSAGES = [
+    "The harbour office opens at seven. Captain Ines Varga checks the tide tables, signs the log "
+    "and sends the pilot boat to the northern buoy. By nine the first freighter has docked, and "
+    "the cranes begin to lift containers of coffee, copper wire and spare bicycle parts.",
+    "To reset the pump, close valve B, wait for the pressure to fall below two bar, then hold the "
+    "green switch for five seconds. If the lamp blinks twice, open valve B slowly. If it does not "
+    "blink, call the night engineer and write the serial number in the maintenance book.",
+    "def total_price(items, discount):\n    total = 0\n    for item in items:\n        price = "
+    "item.price * item.quantity\n        if item.on_sale:\n            price = price * (1 - "
+    "discount)\n        total = total + price\n    return total\n",
+    "Maria bought three lemons, two loaves of bread and a jar of honey at the market on Tuesday. "
+    "On Wednesday she baked a lemon cake for her neighbour Tomas, who had repaired her roof after "
+    "the storm. Tomas shared the cake with his sister Helga and their old dog Biscuit.",
+]
+COPY_REQUEST = "Repeat the following text exactly, word for word:\n\n"
+STORIES = [
+    "Write a story about a lighthouse.",
+    "Invent a strange animal and describe it.",
+    "What would you do on the moon?",
+    "Tell me about an unusual dream.",
+]
+
+
+@dataclass(frozen=True)
+class Workload:
+    prompts: list[list[int]]
+    params: dict[str, Any]
+
+
+def workloads(tokenizer: Tokenizer) -> dict[str, Workload]:
+    def chats(texts: list[str]) -> list[list[int]]:
+        return [tokenizer.encode_chat([ChatMessage(role="user", content=text)]) for text in texts]
+
+    copies = chats([COPY_REQUEST + passage for passage in PASSAGES])
+    stories = chats(STORIES)
+    return {
+        "copying, greedy": Workload(copies, {"temperature": 0}),
+        "copying, temperature 0.7": Workload(copies, {"temperature": 0.7}),
+        "unfriendly, temperature 1": Workload(stories, {"temperature": 1.0, "ignore_eos": True}),
+        "unfriendly, greedy": Workload(stories, {"temperature": 0, "ignore_eos": True}),
+    }
+
+
+def decode(
+    engine: LLMEngine, prompt: list[int], params: SamplingParams
+) -> tuple[list[int], float, int]:
+    """(tokens, seconds from the first to the last, steps)."""
+    engine.add(engine.new_sequence("r", prompt, params))
+    tokens: list[int] = []
+    started, num_steps = 0.0, 0
+    while engine.has_work:
+        news = engine.step()
+        if news and not tokens:
+            started = time.perf_counter()
+        elif tokens:
+            num_steps += 1
+        tokens += [output.token_id for output in news if output.token_id is not None]
+    return tokens, time.perf_counter() - started, num_steps
+
+
+def measure(
+    engines: dict[str, LLMEngine], workload: Workload, max_tokens: int, rounds: int
+) -> dict[str, float]:
+    """Tokens per second with and without, medians over the rounds; their ratio; tokens a step."""
+    speeds: dict[str, list[float]] = {name: [] for name in engines}
+    num_tokens = num_steps = 0
+    for round_ in range(rounds):
+        totals = dict.fromkeys(engines, 0.0)
+        count = 0
+        for i, prompt in enumerate(workload.prompts):
+            seed = 1000 * round_ + i
+            params = SamplingParams(**workload.params, seed=seed, max_tokens=max_tokens)
+            results = {name: decode(engine, prompt, params) for name, engine in engines.items()}
+            assert results["with"][0] == results["without"][0], "drafts changed the output"
+            for name, (_, seconds, _) in results.items():
+                totals[name] += seconds
+            count += len(results["with"][0]) - 1
+            num_steps += results["with"][2]
+        num_tokens += count
+        for name, seconds in totals.items():
+            speeds[name].append(count / seconds)
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    return {
+        **medians,
+        "ratio": medians["with"] / medians["without"],
+        "tokens_per_step": num_tokens / num_steps,
+        "tokens": num_tokens,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, default=100)
+    parser.add_argument("--max-draft-tokens", type=int, default=8)
+    arguments = parser.parse_args()
+    decoder = load_decoder(arguments.checkpoint, CpuBackend())
+    setup = {
+        "checkpoint": arguments.checkpoint.name,
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "max_draft_tokens": arguments.max_draft_tokens,
+        "rounds": arguments.rounds,
+    }
+    print(f"setup: {setup}")
+    engines = {
+        "without": build_engine(decoder, EngineConfig()),
+        "with": build_engine(decoder, EngineConfig(max_draft_tokens=arguments.max_draft_tokens)),
+    }
+    print("without   with   ratio   tokens a step   tokens   workload (tokens/s)")
+    rows = {}
+    for name, workload in workloads(Tokenizer.from_folder(arguments.checkpoint)).items():
+        row = rows[name] = measure(engines, workload, arguments.max_tokens, arguments.rounds)
+        print(
+            f"{row['without']:7.1f}  {row['with']:5.1f}   {row['ratio']:5.2f}   "
+            f"{row['tokens_per_step']:13.2f}   {row['tokens']:6.0f}   {name}",
+            flush=True,
+        )
+    print(json.dumps({**setup, "workloads": rows}))
+
+
+if __name__ == "__main__":
+    main()
