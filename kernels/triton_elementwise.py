@@ -1,0 +1,152 @@
+"""What stands between a decoder's linear layers, one kernel each, summed and rounded in fp32.
+
+Either kernel can put its outputs in another order: that of the inputs of the layer which follows,
+where that layer was quantized with its inputs sorted (act-order). Shapes: T rows, C and F features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_SILU_BLOCK = 1024
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x,
+    weight,
+    permutation,
+    y,
+    x_stride,
+    num_features,
+    eps,
+    BLOCK: tl.constexpr,
+    PERMUTED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    features = tl.arange(0, BLOCK)
+    inside = features < num_features
+    values = tl.load(x + row * x_stride + features, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / num_features + eps)
+    sources = features
+    if PERMUTED:
+        sources = tl.load(permutation + features, mask=inside, other=0)
+        values = tl.load(x + row * x_stride + sources, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(weight + sources, mask=inside, other=0.0).to(tl.float32)
+    normed = (values * scale * gain).to(y.dtype.element_ty)
+    tl.store(y + row * num_features + features, normed, mask=inside)
+
+
+@triton.jit
+def _silu_mul_kernel(
+    gate_up,
+    permutation,
+    y,
+    num_features,
+    BLOCK: tl.constexpr,
+    PERMUTED: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    features = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = features < num_features
+    sources = features
+    if PERMUTED:
+        sources = tl.load(permutation + features, mask=inside, other=0)
+    start = gate_up + row * 2 * num_features
+    gate = tl.load(start + sources, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(start + num_features + sources, mask=inside, other=0.0).to(tl.float32)
+    product = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(y + row * num_features + features, product.to(y.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, permutation: Tensor | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in the order `permutation` [C] int32: [T, C] -> [T, C].
+
+    Raises ValueError for shapes that do not fit.
+    """
+    _check_rows("x", x)
+    num_features = x.shape[1]
+    if weight.shape != (num_features,):
+        raise ValueError(f"weight is {tuple(weight.shape)}; it must be [{num_features}]")
+    _check_permutation(permutation, num_features)
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    y: Tensor = _rms_norm(rows, weight, eps, permutation)
+    return y
+
+
+def silu_mul(gate_up: Tensor, permutation: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of the halves of a row, in the order `permutation`: [T, 2 F] -> [T, F].
+
+    Raises ValueError for shapes that do not fit.
+    """
+    _check_rows("gate_up", gate_up)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up is {tuple(gate_up.shape)}; its rows must have two equal halves")
+    _check_permutation(permutation, gate_up.shape[1] // 2)
+    y: Tensor = _silu_mul(gate_up.contiguous(), permutation)
+    return y
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{name} is {tuple(x.shape)}; it must be rows of features")
+
+
+def _check_permutation(permutation: Tensor | None, num_features: int) -> None:
+    if permutation is not None and permutation.shape != (num_features,):
+        raise ValueError(f"permutation is {tuple(permutation.shape)}; it must be [{num_features}]")
+
+
+@torch.library.custom_op("lowbit::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, permutation: Tensor | None) -> Tensor:
+    y = x.new_empty(x.shape)
+    num_rows, num_features = x.shape
+    if num_rows == 0:
+        return y
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        _rms_norm_kernel[(num_rows,)](
+            x,
+            weight,
+            x if permutation is None else permutation,
+            y,
+            x.stride(0),
+            num_features,
+            eps,
+            BLOCK=triton.next_power_of_2(num_features),
+            PERMUTED=permutation is not None,
+            num_warps=4 if num_features <= 4096 else 8,
+        )
+    return y
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, permutation: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("lowbit::silu_mul", mutates_args=())
+def _silu_mul(gate_up: Tensor, permutation: Tensor | None) -> Tensor:
+    num_rows, num_features = gate_up.shape[0], gate_up.shape[1] // 2
+    y = gate_up.new_empty(num_rows, num_features)
+    if num_rows == 0:
+        return y
+    with torch.cuda.device(gate_up.device) if gate_up.is_cuda else contextlib.nullcontext():
+        _silu_mul_kernel[(triton.cdiv(num_features, _SILU_BLOCK), num_rows)](
+            gate_up,
+            gate_up if permutation is None else permutation,
+            y,
+            num_features,
+            BLOCK=_SILU_BLOCK,
+            PERMUTED=permutation is not None,
+        )
+    return y
+
+
+@_silu_mul.register_fake
+def _(gate_up: Tensor, permutation: Tensor | None) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)

@@ -1,0 +1,190 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reads the machine code.
+
+Run as a script, without TRITON_INTERPRET: takes a compute capability, prints one JSON line per
+kernel and configuration. Registers, stack and shared memory are `cuobjdump -res-usage`'s, the
+instructions those of `cuobjdump -sass`; both tools ship in the Triton wheel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.backends.nvidia
+import triton.language as tl
+from lowbit.kernels import triton_elementwise as elementwise
+from lowbit.kernels import triton_linear as linear
+from lowbit.kernels.tuning import GpuTuning, default_tuning
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+NAMES = {tl.float16: "fp16", tl.bfloat16: "bf16"}
+# What a wave of calls looks like; 16 divides those that a real call's would.
+SIZES = ("num_inputs", "padded_inputs", "num_outputs", "pairs_stride", "x_stride")
+ODD_SIZES = ("num_rows", "blocks_per_part", "first_output", "slice_outputs")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel in one configuration, as machine code."""
+
+    name: str
+    capability: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]  # by their full name, as cuobjdump prints it
+    loop_per_weight: float  # instructions of the longest loop per weight and thread
+
+    def count(self, *prefixes: str) -> int:
+        return sum(n for op, n in self.instructions.items() if op.startswith(prefixes))
+
+
+def compile_kernel(
+    name: str,
+    kernel: Any,
+    capability: int,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    weights_per_step: int = 0,
+) -> Compiled:
+    """Raises whatever the compiler raises."""
+    names = kernel.arg_names
+    types = {**dict.fromkeys((*SIZES, *ODD_SIZES, "num_features"), "i32"), "eps": "fp32"}
+    types |= {pointer: f"*{dtype}" for pointer, dtype in pointers.items()}
+    source = ASTSource(
+        kernel,
+        signature={n: "constexpr" if n in constants else types[n] for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, n in enumerate(names)
+            if n in pointers or n in (*SIZES, "num_features")
+        },
+    )
+    built = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [TOOLS / "cuobjdump", option, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    loop = longest_loop(code) * num_warps * 32
+    return Compiled(
+        name=name,
+        capability=capability,
+        registers=int(registers),
+        stack_bytes=int(stack),
+        shared_bytes=built.metadata.shared,
+        instructions=dict(Counter(op for _, op in instructions_of(code))),
+        loop_per_weight=round(loop / weights_per_step, 2) if weights_per_step else 0.0,
+    )
+
+
+def instructions_of(code: str) -> list[tuple[int, str]]:
+    """Address and name of every instruction."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code, re.M)
+    return [(int(address, 16), op) for address, op in found]
+
+
+def longest_loop(code: str) -> int:
+    """Instructions between a branch and what it jumps back to."""
+    jumps = re.findall(r"/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*?0x([0-9a-f]+)", code)
+    sizes = [(int(at, 16) - int(to, 16)) // 16 + 1 for at, to in jumps]
+    return max(0, *sizes)
+
+
+def linear_kernels(capability: int) -> list[Compiled]:
+    """The linear kernels in their default configurations."""
+    tuning = default_tuning("none", 1, divmod(capability, 10))
+    built = []
+    groups = ((128, False), (32, True), (64, True))  # group size, asym
+    for bits, dtype, (group, asym) in product((2, 3, 4, 8), NAMES, groups):
+        for rows in (1, 16, 64, 0):
+            if (rows != 16 or group == 64) and not (bits == 4 and dtype == tl.float16):
+                continue
+            built.append(linear_kernel(capability, tuning, bits, dtype, group, asym, rows))
+    return built
+
+
+def linear_kernel(
+    capability: int, tuning: GpuTuning, bits: int, dtype: Any, group: int, asym: bool, rows: int
+) -> Compiled:
+    """`rows` 1 is the gemv kernel, 0 the one that dequantizes."""
+    constants = linear.tile_constants(bits, group, tuning.k_width, asym, False, dtype, ptx=True)
+    pointers = {
+        **dict.fromkeys(("x", "bias", "residual", "y", "w"), NAMES[dtype]),
+        **dict.fromkeys(("plane", "high_plane", "scales", "zeros"), "i32"),
+    }
+    kernel, tier = {1: (linear._gemv_kernel, "gemv"), 0: (linear._dequantize_kernel, "deq")}.get(
+        rows, (linear._gemm_kernel, f"gemm{rows}")
+    )
+    tile = tuning.tile(bits, rows)
+    if rows:
+        pointers["y"] = "fp32"
+        constants |= {"BLOCK_K": linear.BLOCK_K, "EVEN_K": True, "PARTS": 4}
+        constants |= {"HAS_BIAS": False, "HAS_RESIDUAL": False, "STAGES": tile.num_stages}
+    if rows > 1:
+        constants["BLOCK_M"] = rows
+    constants["BLOCK_N"] = tile.block_n if rows else linear.DEQUANTIZE_N
+    return compile_kernel(
+        f"{tier} W{bits}g{group} {'asym' if asym else 'sym'} {NAMES[dtype]}",
+        kernel,
+        capability,
+        {name: dtype for name, dtype in pointers.items() if name in kernel.arg_names},
+        constants,
+        tile.num_warps if rows else 4,
+        tile.num_stages if rows else 3,
+        constants["BLOCK_N"] * linear.BLOCK_K if rows else 0,
+    )
+
+
+def other_kernels(capability: int) -> list[Compiled]:
+    half = dict.fromkeys(("x", "weight", "y", "gate_up", "bias", "residual"), "fp16")
+    half |= {"permutation": "i32", "planes": "fp32"}
+    kernels = {
+        "rms_norm": (elementwise._rms_norm_kernel, {"BLOCK": 4096, "PERMUTED": True}),
+        "silu_mul": (elementwise._silu_mul_kernel, {"BLOCK": 1024, "PERMUTED": True}),
+        "reduce": (
+            linear._reduce_kernel,
+            {"PARTS": 8, "BLOCK": 1024, "HAS_BIAS": True, "HAS_RESIDUAL": True},
+        ),
+    }
+    return [
+        compile_kernel(
+            name,
+            kernel,
+            capability,
+            {n: dtype for n, dtype in half.items() if n in kernel.arg_names},
+            constants,
+            num_warps=4,
+            num_stages=3,
+        )
+        for name, (kernel, constants) in kernels.items()
+    ]
+
+
+if __name__ == "__main__":
+    capability = int(sys.argv[1])
+    for compiled in linear_kernels(capability) + other_kernels(capability):
+        print(json.dumps(asdict(compiled)), flush=True)
