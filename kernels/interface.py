@@ -22,7 +22,8 @@ from .packing import EmbeddingWeight, LinearWeight, PackedEmbedding
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "triton", "cpu", "reference")
+_MODULES = {"triton": "triton_backend"}  # where it is not the backend's own name
 
 
 class BackendUnavailable(ValueError):
@@ -199,16 +200,18 @@ class KernelBackend(Protocol):
 def load_backend(
     name: str, cpu_precision: str = "auto", kv_cache_dtype: str = "auto"
 ) -> KernelBackend:
-    """The backend of that name; `auto` picks one and says so once.
+    """The backend of that name; `auto` is triton where there is a GPU, else cpu, and says so once.
 
     The precision and the dtype of the cache are for the cpu backend alone. Raises
     BackendUnavailable for a name that is unknown or cannot work on this machine.
     """
     if name not in BACKENDS:
         raise BackendUnavailable(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
-    chosen = "cpu" if name == "auto" else name
+    chosen = name
+    if name == "auto":
+        chosen = "triton" if torch.cuda.is_available() else "cpu"
     # Imported by name so that a backend's own dependencies load only where it is used.
-    module = importlib.import_module(f".{chosen}", __package__)
+    module = importlib.import_module(f".{_MODULES.get(chosen, chosen)}", __package__)
     choices = {"cpu_precision": cpu_precision, "kv_cache_dtype": kv_cache_dtype}
     for choice, value in choices.items():
         if chosen != "cpu" and value != "auto":

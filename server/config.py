@@ -23,7 +23,10 @@ class EngineConfig:
     """What one engine may hold at a time."""
 
     backend: str = _setting(
-        "auto", "kernels that run the model", choices=("auto", "cpu", "reference")
+        "auto",
+        "kernels that run the model: triton on an NVIDIA GPU, cpu anywhere, reference to compare "
+        "with; auto takes triton where there is a GPU",
+        choices=("auto", "triton", "cpu", "reference"),
     )
     cpu_precision: str = _setting(
         "auto",

@@ -35,7 +35,7 @@ def load_decoder(folder: Path, backend: KernelBackend) -> Decoder:
         backend,
         embedding=backend.prepare_embedding(embedding),
         layers=[_load_layer(reader, config, backend, i) for i in range(config.num_layers)],
-        norm=reader.take("model.norm.weight", shape=(hidden,)).to(torch.float32),
+        norm=_norm(reader, backend, "model.norm", hidden),
         head=backend.prepare_head(_take_head(reader, config, embedding)),
     )
     reader.check_all_consumed()
@@ -72,17 +72,18 @@ def _load_layer(
         return _prepare_fused(backend, take(parent, in_features, **parts))
 
     return DecoderLayer(
-        input_norm=_norm(reader, f"{prefix}.input_layernorm", hidden),
+        input_norm=_norm(reader, backend, f"{prefix}.input_layernorm", hidden),
         qkv=fused("self_attn", hidden, q_proj=q_size, k_proj=kv_size, v_proj=kv_size),
         output=single("self_attn", q_size, o_proj=hidden),
-        post_attention_norm=_norm(reader, f"{prefix}.post_attention_layernorm", hidden),
+        post_attention_norm=_norm(reader, backend, f"{prefix}.post_attention_layernorm", hidden),
         gate_up=fused("mlp", hidden, gate_proj=intermediate, up_proj=intermediate),
         down=single("mlp", intermediate, down_proj=hidden),
     )
 
 
-def _norm(reader: CheckpointReader, prefix: str, size: int) -> torch.Tensor:
-    return reader.take(f"{prefix}.weight", shape=(size,)).to(torch.float32)
+def _norm(reader: CheckpointReader, backend: KernelBackend, prefix: str, size: int) -> torch.Tensor:
+    weight = reader.take(f"{prefix}.weight", shape=(size,))
+    return weight.to(backend.device, torch.float32)
 
 
 def _prepare_fused(backend: KernelBackend, weights: list[LinearWeight]) -> FusedLinear:

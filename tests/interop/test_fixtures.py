@@ -11,7 +11,7 @@ import pytest
 import torch
 from decoding import decode
 from lowbit.kernels.cpu import CpuBackend
-from lowbit.kernels.interface import KernelBackend
+from lowbit.kernels.interface import KernelBackend, load_backend
 from lowbit.kernels.packing import PackedWeight, dequantize
 from lowbit.kernels.reference import ReferenceBackend
 from lowbit.quant.checkpoint import CheckpointReader
@@ -58,9 +58,16 @@ def test_tokens_are_those_of_the_peer(folder: Path, prompt: str, backend: Kernel
 
 
 @of_every_fixture
-def test_logits_are_those_of_the_peer(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("backend", "tolerance"),
+    [(ReferenceBackend(), 1e-4), (load_backend("triton"), 0.05)],
+    ids=["reference", "triton"],
+)
+def test_logits_are_those_of_the_peer(
+    folder: Path, backend: KernelBackend, tolerance: float
+) -> None:
     peer = load_file(folder / "peer.safetensors")
-    logits, _ = decode(folder, ReferenceBackend(), peer["prompt.short"], num_tokens=1)
+    logits, _ = decode(folder, backend, peer["prompt.short"], num_tokens=1)
     expected = peer["logits.short"]
     assert expected.std() > 1
-    assert (logits - expected).abs().max() < 1e-4
+    assert (logits - expected).abs().max() < tolerance

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -324,6 +327,33 @@ def test_embed_gathers_rows(
     assert torch.equal(backend.embed(ids, packed), table[ids])
     dense = backend.prepare_embedding(table.half())
     assert torch.equal(backend.embed(ids, dense), table.half().float()[ids])
+
+
+@pytest.mark.parametrize(
+    ("contexts", "queries"), [([1], [1]), ([16, 5, 40], [1, 1, 1]), ([40, 33, 7], [1, 33, 5])]
+)
+def test_the_triton_backend_attends(contexts: list[int], queries: list[int]) -> None:
+    backend = load_backend("triton")
+    with backend.device:
+        q, cache, batch, slots = random_step(backend, contexts, queries, 6, 2)
+        q = q.to(backend.hidden_dtype)
+    expected = attention_oracle(q.cpu(), cache, batch, slots)
+    actual = backend.attention(q, cache, backend.plan_attention(batch), 16**-0.5)
+    torch.testing.assert_close(actual.cpu().double(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_auto_takes_the_gpu_where_there_is_one() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert load_backend("auto").device.type == expected
+
+
+def test_without_a_gpu_triton_is_refused_by_name() -> None:
+    code = "from lowbit.kernels.interface import load_backend; load_backend('triton')"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "backend is 'triton'; it needs a CUDA device" in done.stderr
 
 
 def test_unknown_and_impossible_choices_are_refused_by_name() -> None:

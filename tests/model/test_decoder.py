@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from lowbit.kernels.cpu import CpuBackend
-from lowbit.kernels.interface import KernelBackend
+from lowbit.kernels.interface import KernelBackend, load_backend
 from lowbit.kernels.reference import ReferenceBackend
 from lowbit.quant.config import QuantConfig
 from lowbit.quant.errors import CheckpointError
 from lowbit.server.model.loader import load_decoder
 from stepping import BLOCK_SIZE, Prompt, caches_for, run_step
 from tiny import TinyModel, build_tiny_model
+
+# With the largest difference, in standard deviations of the logits.
+BACKENDS = {
+    "reference": (ReferenceBackend(), 1e-4),
+    "cpu-float32": (CpuBackend("float32"), 1e-4),
+    "cpu-bfloat16": (CpuBackend("bfloat16"), 0.1),
+    "triton": (load_backend("triton"), 0.02),  # on a GPU, or in Triton's interpreter
+}
 
 
 def random_prompt(length: int, first_block: int, seed: int) -> Prompt:
@@ -30,8 +38,8 @@ def oracle_logits(tiny: TinyModel, token_ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("backend", "tolerance"),
-    [(ReferenceBackend(), 1e-4), (CpuBackend("float32"), 1e-4), (CpuBackend("bfloat16"), 0.1)],
-    ids=["reference", "cpu-float32", "cpu-bfloat16"],
+    BACKENDS.values(),
+    ids=BACKENDS,
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_agree_with_transformers(
@@ -72,8 +80,8 @@ MIXED = {
 
 @pytest.mark.parametrize(
     ("backend", "tolerance"),
-    [(ReferenceBackend(), 1e-4), (CpuBackend("float32"), 1e-4), (CpuBackend("bfloat16"), 0.1)],
-    ids=["reference", "cpu-float32", "cpu-bfloat16"],
+    BACKENDS.values(),
+    ids=BACKENDS,
 )
 @pytest.mark.parametrize(
     "quant",

@@ -35,16 +35,16 @@ def run_step(decoder: Decoder, caches: list[KVCache], work: Iterable[tuple[Promp
         tables.append(prompt.blocks)
         prompt.cached = span.stop
     widest = max(map(len, tables))
-    batch = ForwardBatch(
-        query_start=torch.tensor(starts, dtype=torch.int32),
-        context_lens=torch.tensor(contexts, dtype=torch.int32),
-        block_tables=torch.tensor([t + [0] * (widest - len(t)) for t in tables]).int(),
-        slot_mapping=torch.tensor(slots),
-        logit_rows=torch.arange(starts[-1]),
-        block_size=BLOCK_SIZE,
-    )
-    with torch.inference_mode():
-        logits = decoder.forward(torch.tensor(ids), torch.tensor(positions), batch, caches)
+    with torch.inference_mode(), decoder.backend.device:
+        batch = ForwardBatch(
+            query_start=torch.tensor(starts, dtype=torch.int32),
+            context_lens=torch.tensor(contexts, dtype=torch.int32),
+            block_tables=torch.tensor([t + [0] * (widest - len(t)) for t in tables]).int(),
+            slot_mapping=torch.tensor(slots),
+            logit_rows=torch.arange(starts[-1]),
+            block_size=BLOCK_SIZE,
+        )
+        logits = decoder.forward(torch.tensor(ids), torch.tensor(positions), batch, caches).cpu()
     for i, (prompt, _) in enumerate(work):
         prompt.logits += logits[starts[i] : starts[i + 1]]
 
