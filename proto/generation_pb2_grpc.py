@@ -30,11 +30,13 @@ class GenerationServiceStub(object):
     engine and gives its memory back.
 
     INVALID_ARGUMENT    the request can never be served
-    UNIMPLEMENTED       the request holds a field that this server does not know
-    RESOURCE_EXHAUSTED  too many requests are waiting, this one waited too long, or the message is
-    too large
-    DEADLINE_EXCEEDED   the request's own deadline passed
-    UNAVAILABLE         the server is shutting down
+    UNIMPLEMENTED       the request asks for what this server does not have
+    RESOURCE_EXHAUSTED  too many requests are waiting, a limit of the tenant is reached, or the
+    message is too large
+    UNAVAILABLE         the server is starting or shutting down
+    UNAUTHENTICATED     the API key is missing or unknown
+    DEADLINE_EXCEEDED   the deadline passed, or cannot be met
+    ABORTED             the caller stopped reading
     INTERNAL            the server failed while it worked on the request
     """
 
@@ -54,6 +56,16 @@ class GenerationServiceStub(object):
                 request_serializer=lowbit_dot_proto_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=lowbit_dot_proto_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/lowbit.v1.GenerationService/Tokenize',
+                request_serializer=lowbit_dot_proto_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=lowbit_dot_proto_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/lowbit.v1.GenerationService/Detokenize',
+                request_serializer=lowbit_dot_proto_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=lowbit_dot_proto_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -61,11 +73,13 @@ class GenerationServiceServicer(object):
     engine and gives its memory back.
 
     INVALID_ARGUMENT    the request can never be served
-    UNIMPLEMENTED       the request holds a field that this server does not know
-    RESOURCE_EXHAUSTED  too many requests are waiting, this one waited too long, or the message is
-    too large
-    DEADLINE_EXCEEDED   the request's own deadline passed
-    UNAVAILABLE         the server is shutting down
+    UNIMPLEMENTED       the request asks for what this server does not have
+    RESOURCE_EXHAUSTED  too many requests are waiting, a limit of the tenant is reached, or the
+    message is too large
+    UNAVAILABLE         the server is starting or shutting down
+    UNAUTHENTICATED     the API key is missing or unknown
+    DEADLINE_EXCEEDED   the deadline passed, or cannot be met
+    ABORTED             the caller stopped reading
     INTERNAL            the server failed while it worked on the request
     """
 
@@ -77,7 +91,21 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """One reply per token, as it is made.
+        """The completion in parts, as it is made.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """The token ids of a text or a conversation, or just their number.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +124,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=lowbit_dot_proto_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=lowbit_dot_proto_dot_generation__pb2.GenerateResponse.SerializeToString,
             ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=lowbit_dot_proto_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=lowbit_dot_proto_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=lowbit_dot_proto_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=lowbit_dot_proto_dot_generation__pb2.DetokenizeResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'lowbit.v1.GenerationService', rpc_method_handlers)
@@ -109,11 +147,13 @@ class GenerationService(object):
     engine and gives its memory back.
 
     INVALID_ARGUMENT    the request can never be served
-    UNIMPLEMENTED       the request holds a field that this server does not know
-    RESOURCE_EXHAUSTED  too many requests are waiting, this one waited too long, or the message is
-    too large
-    DEADLINE_EXCEEDED   the request's own deadline passed
-    UNAVAILABLE         the server is shutting down
+    UNIMPLEMENTED       the request asks for what this server does not have
+    RESOURCE_EXHAUSTED  too many requests are waiting, a limit of the tenant is reached, or the
+    message is too large
+    UNAVAILABLE         the server is starting or shutting down
+    UNAUTHENTICATED     the API key is missing or unknown
+    DEADLINE_EXCEEDED   the deadline passed, or cannot be met
+    ABORTED             the caller stopped reading
     INTERNAL            the server failed while it worked on the request
     """
 
@@ -161,6 +201,389 @@ class GenerationService(object):
             '/lowbit.v1.GenerationService/GenerateStream',
             lowbit_dot_proto_dot_generation__pb2.GenerateRequest.SerializeToString,
             lowbit_dot_proto_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lowbit.v1.GenerationService/Tokenize',
+            lowbit_dot_proto_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            lowbit_dot_proto_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lowbit.v1.GenerationService/Detokenize',
+            lowbit_dot_proto_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            lowbit_dot_proto_dot_generation__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ModelServiceStub(object):
+    """What is served, and how busy the server is. Changes nothing.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetModel = channel.unary_unary(
+                '/lowbit.v1.ModelService/GetModel',
+                request_serializer=lowbit_dot_proto_dot_generation__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=lowbit_dot_proto_dot_generation__pb2.GetModelResponse.FromString,
+                _registered_method=True)
+        self.GetServerInfo = channel.unary_unary(
+                '/lowbit.v1.ModelService/GetServerInfo',
+                request_serializer=lowbit_dot_proto_dot_generation__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=lowbit_dot_proto_dot_generation__pb2.GetServerInfoResponse.FromString,
+                _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/lowbit.v1.ModelService/GetLoad',
+                request_serializer=lowbit_dot_proto_dot_generation__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=lowbit_dot_proto_dot_generation__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
+
+
+class ModelServiceServicer(object):
+    """What is served, and how busy the server is. Changes nothing.
+    """
+
+    def GetModel(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetServerInfo(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoad(self, request, context):
+        """Cheap enough to be asked by a load balancer many times a second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ModelServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=lowbit_dot_proto_dot_generation__pb2.GetModelRequest.FromString,
+                    response_serializer=lowbit_dot_proto_dot_generation__pb2.GetModelResponse.SerializeToString,
+            ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=lowbit_dot_proto_dot_generation__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=lowbit_dot_proto_dot_generation__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=lowbit_dot_proto_dot_generation__pb2.GetLoadRequest.FromString,
+                    response_serializer=lowbit_dot_proto_dot_generation__pb2.GetLoadResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'lowbit.v1.ModelService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('lowbit.v1.ModelService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ModelService(object):
+    """What is served, and how busy the server is. Changes nothing.
+    """
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lowbit.v1.ModelService/GetModel',
+            lowbit_dot_proto_dot_generation__pb2.GetModelRequest.SerializeToString,
+            lowbit_dot_proto_dot_generation__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lowbit.v1.ModelService/GetServerInfo',
+            lowbit_dot_proto_dot_generation__pb2.GetServerInfoRequest.SerializeToString,
+            lowbit_dot_proto_dot_generation__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lowbit.v1.ModelService/GetLoad',
+            lowbit_dot_proto_dot_generation__pb2.GetLoadRequest.SerializeToString,
+            lowbit_dot_proto_dot_generation__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ControlServiceStub(object):
+    """For the operator. May listen on an address of its own; otherwise only a key with the control role
+    reaches it where there are keys.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Abort = channel.unary_unary(
+                '/lowbit.v1.ControlService/Abort',
+                request_serializer=lowbit_dot_proto_dot_generation__pb2.AbortRequest.SerializeToString,
+                response_deserializer=lowbit_dot_proto_dot_generation__pb2.AbortResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/lowbit.v1.ControlService/Drain',
+                request_serializer=lowbit_dot_proto_dot_generation__pb2.DrainRequest.SerializeToString,
+                response_deserializer=lowbit_dot_proto_dot_generation__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.SetLogLevel = channel.unary_unary(
+                '/lowbit.v1.ControlService/SetLogLevel',
+                request_serializer=lowbit_dot_proto_dot_generation__pb2.SetLogLevelRequest.SerializeToString,
+                response_deserializer=lowbit_dot_proto_dot_generation__pb2.SetLogLevelResponse.FromString,
+                _registered_method=True)
+
+
+class ControlServiceServicer(object):
+    """For the operator. May listen on an address of its own; otherwise only a key with the control role
+    reaches it where there are keys.
+    """
+
+    def Abort(self, request, context):
+        """End requests. Doing it again, or too late, is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Report NOT_SERVING, refuse new requests, and reply when the running ones are done. The process
+        goes on until it is told to end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetLogLevel(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ControlServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=lowbit_dot_proto_dot_generation__pb2.AbortRequest.FromString,
+                    response_serializer=lowbit_dot_proto_dot_generation__pb2.AbortResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=lowbit_dot_proto_dot_generation__pb2.DrainRequest.FromString,
+                    response_serializer=lowbit_dot_proto_dot_generation__pb2.DrainResponse.SerializeToString,
+            ),
+            'SetLogLevel': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLogLevel,
+                    request_deserializer=lowbit_dot_proto_dot_generation__pb2.SetLogLevelRequest.FromString,
+                    response_serializer=lowbit_dot_proto_dot_generation__pb2.SetLogLevelResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'lowbit.v1.ControlService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('lowbit.v1.ControlService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ControlService(object):
+    """For the operator. May listen on an address of its own; otherwise only a key with the control role
+    reaches it where there are keys.
+    """
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lowbit.v1.ControlService/Abort',
+            lowbit_dot_proto_dot_generation__pb2.AbortRequest.SerializeToString,
+            lowbit_dot_proto_dot_generation__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lowbit.v1.ControlService/Drain',
+            lowbit_dot_proto_dot_generation__pb2.DrainRequest.SerializeToString,
+            lowbit_dot_proto_dot_generation__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLogLevel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lowbit.v1.ControlService/SetLogLevel',
+            lowbit_dot_proto_dot_generation__pb2.SetLogLevelRequest.SerializeToString,
+            lowbit_dot_proto_dot_generation__pb2.SetLogLevelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -433,23 +433,34 @@ def _serve(arguments: argparse.Namespace) -> int:
     from .engine.async_engine import AsyncEngine, engine_thread
     from .engine.build import build_engine
     from .metrics import Metrics
+    from .model.info import model_info
     from .model.loader import load_decoder
+    from .rpc.deployment import Loaded
     from .rpc.server import GenerationServer, serve
     from .text.tokenizer import Tokenizer
 
-    started = time.monotonic()
     backend = load_backend(
         config.engine.backend, config.engine.cpu_precision, config.engine.kv_cache_dtype
     )
     tokenizer = Tokenizer.from_folder(arguments.checkpoint)
+    model = model_info(arguments.checkpoint, config.model_name)
     thread = engine_thread()
-    try:
-        decoder = thread.submit(load_decoder, arguments.checkpoint, backend).result()
-    except KeyboardInterrupt:
-        os._exit(EXIT_INTERRUPTED)  # a thread that loads cannot be interrupted, and need not be
-    engine = build_engine(decoder, config.engine)
     metrics = Metrics()
-    logger.info("loaded %s in %.1f s", arguments.checkpoint, time.monotonic() - started)
+
+    async def load() -> Loaded:
+        started = time.monotonic()
+        decoder = await asyncio.wrap_future(
+            thread.submit(load_decoder, arguments.checkpoint, backend)
+        )
+        engine = build_engine(decoder, config.engine)
+        logger.info("loaded %s in %.1f s", arguments.checkpoint, time.monotonic() - started)
+        async_engine = AsyncEngine(
+            engine,
+            on_step=metrics.observe_step,
+            thread=thread,
+            step_timeout_seconds=config.engine.step_timeout_seconds,
+        )
+        return Loaded(engine=async_engine, tokenizer=tokenizer, model=model)
 
     def announce(server: GenerationServer) -> None:
         print(
@@ -458,18 +469,14 @@ def _serve(arguments: argparse.Namespace) -> int:
             flush=True,
         )
 
-    async_engine = AsyncEngine(
-        engine,
-        on_step=metrics.observe_step,
-        thread=thread,
-        step_timeout_seconds=config.engine.step_timeout_seconds,
-    )
     try:
-        asyncio.run(serve(config, async_engine, tokenizer, metrics, on_started=announce))
+        served = asyncio.run(serve(config, metrics, load, on_started=announce))
     except EngineFailed as error:
         logger.critical("the engine failed: %s", error)
         logging.shutdown()
         os._exit(EXIT_ENGINE_FAILED)  # not by returning: its thread may hang for ever
+    if not served:
+        os._exit(EXIT_INTERRUPTED)  # a thread that loads cannot be interrupted, and need not be
     return 0
 
 

@@ -103,8 +103,16 @@ class ServerConfig:
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(50051, "of the gRPC services; 0 picks a free one")
+    model_name: str = _setting("", "what the model is called; by default its folder's name")
     metrics_port: int = _setting(9464, "of the Prometheus metrics; 0 picks a free one")
     max_message_bytes: int = _setting(4 << 20, "of one request")
+    max_send_message_bytes: int = _setting(16 << 20, "of one reply")
+    max_buffered_tokens: int = _setting(
+        4096, "of one stream, made but not sent; beyond that its tokens wait in the engine's queue"
+    )
+    stall_timeout_seconds: float = _setting(
+        30.0, "a caller that reads nothing for so long while there is something loses its request"
+    )
     drain_grace_seconds: float = _setting(
         30.0, "how long running requests may go on after SIGTERM or Ctrl-C"
     )
@@ -115,7 +123,12 @@ class ServerConfig:
             value = getattr(self, name)
             if not 0 <= value < 1 << 16:
                 raise InvalidConfig(f"{name} is {value}; it must lie in [0, 65535]")
-        _require_positive("max_message_bytes", self.max_message_bytes)
+        for name in ("max_message_bytes", "max_send_message_bytes", "max_buffered_tokens"):
+            _require_positive(name, getattr(self, name))
+        if not self.stall_timeout_seconds > 0:
+            raise InvalidConfig(
+                f"stall_timeout_seconds is {self.stall_timeout_seconds}; it must be positive"
+            )
         if self.drain_grace_seconds < 0:
             raise InvalidConfig(
                 f"drain_grace_seconds is {self.drain_grace_seconds}; it must not be negative"

@@ -19,6 +19,10 @@ RequestEnd = Literal[
     "invalid",
     "queue_full",
     "queue_timeout",
+    "quota_exceeded",
+    "denied",
+    "stalled",
+    "starting",
     "draining",
 ]
 """How a request ended: finished, cut short, or refused."""

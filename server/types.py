@@ -28,26 +28,38 @@ class LowbitError(Exception):
 
 
 class InvalidRequest(LowbitError):
-    """The request can never be served. The text names the field, the value and the limit."""
+    """The request can never be served. The text begins with the field, then value and limit."""
+
+    @property
+    def field(self) -> str:
+        return str(self).split(maxsplit=1)[0]
 
 
-class QueueFull(LowbitError):
-    """The waiting queue is at its bound; the same request may succeed later."""
+class TryLater(LowbitError):
+    """The same request may succeed later, or on another server."""
 
-    def __init__(self, message: str, *, retry_after_seconds: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after_seconds = retry_after_seconds  # a guess, from the present speed
+    def __init__(self, text: str, *, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(text)
+        self.retry_after_seconds = retry_after_seconds
 
 
-class QueueTimeout(LowbitError):
+class QueueFull(TryLater):
+    """The waiting queue is at its bound."""
+
+
+class QueueTimeout(TryLater):
     """The request waited for max_queue_seconds without being started."""
+
+
+class Starting(TryLater):
+    """The server is loading its model."""
 
 
 class DeadlineExceeded(LowbitError):
     """The request's own deadline passed before it was finished."""
 
 
-class Draining(LowbitError):
+class Draining(TryLater):
     """The server is shutting down and takes no new requests."""
 
 
@@ -77,6 +89,25 @@ class ChatMessage:
 
     role: ChatRole
     content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationInfo:
+    """How most of a model's layers are quantized."""
+
+    format: str  # gptq, gptq_v2, awq, compressed-tensors
+    bits: int
+    group_size: int  # -1 is a whole row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a caller may know of the served model."""
+
+    name: str
+    architecture: str = ""
+    eos_token_ids: tuple[int, ...] = ()
+    quantization: QuantizationInfo | None = None
 
 
 class FinishReason(enum.Enum):
@@ -156,6 +187,7 @@ class SamplingParams:
     min_tokens: int = 0  # of the completion, before it may stop
     stop: tuple[str, ...] = ()  # the text layer ends the sequence on these
     stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False  # keep the stop string in the text
     ignore_eos: bool = False
     top_logprobs: int = 0  # most likely candidates to report at each token
     prompt_logprobs: int | None = None  # candidates to report at each prompt token; None: nothing

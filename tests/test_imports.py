@@ -24,7 +24,13 @@ ALLOWED = {
     "server.types": set(),
     "server.config": set(),
     "server.metrics": {"server.types"},
-    "server.model": {"server.model", "kernels", "quant.checkpoint", "quant.errors"},
+    "server.model": {
+        "server.model",
+        "server.types",
+        "kernels",
+        "quant.checkpoint",
+        "quant.errors",
+    },
     "server.engine": {
         "server.engine",
         "server.model",
@@ -53,6 +59,7 @@ OWNERS = {
     "grpc": ("server.rpc", "server.client"),
     "grpc_health": ("server.rpc", "server.client"),
     "grpc_reflection": ("server.rpc",),
+    "grpc_status": ("server.rpc", "server.client"),
     "torch": ("kernels", "quant", "server.engine", "server.model"),
     "transformers": ("quant", "server.text"),
     "llguidance": ("server.text",),

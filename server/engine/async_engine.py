@@ -123,6 +123,11 @@ class AsyncEngine:
     def is_healthy(self) -> bool:
         return self._running is not None and not self._ended
 
+    @property
+    def last_step(self) -> StepStats:
+        """What the last step left behind."""
+        return self._engine.last_step
+
     async def start(self) -> None:
         """Start the engine thread. Call once, on the loop that will use the engine."""
         assert self._running is None

@@ -1,83 +1,191 @@
-"""The engine's tokens of one request to the parts of its response."""
+"""The engine's tokens of one request, gathered until a part of its response is due."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from ...proto import generation_pb2 as pb
 from ..metrics import RequestEnd, RequestObserver
 from ..text.detokenizer import Detokenizer
-from ..types import EngineFailed, FinishReason, TokenOutput
-from .convert import FINISH_REASONS, token_info_of
+from ..types import (
+    DeadlineExceeded,
+    EngineFailed,
+    FinishReason,
+    LowbitError,
+    QueueTimeout,
+    TokenLogprob,
+    TokenOutput,
+)
+from .convert import FINISH_REASONS, add_token
+from .deployment import TextCodec
 
-_ENDS: dict[FinishReason, RequestEnd] = {
+_ENDS: Final[dict[FinishReason, RequestEnd]] = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "cancelled",
+}
+_FAILURES: Final[dict[FinishReason, tuple[type[LowbitError], str]]] = {
+    FinishReason.DEADLINE: (DeadlineExceeded, "the deadline passed before the request was done"),
+    FinishReason.QUEUE_TIMEOUT: (QueueTimeout, "the request waited too long to be started"),
 }
 
 
+class _Choice:
+    """One of the n completions: what of it was not sent yet."""
+
+    def __init__(self, index: int, detokenizer: Detokenizer) -> None:
+        self.index = index
+        self.detokenizer = detokenizer
+        self.finish_reason: FinishReason | None = None
+        self.is_reported = False  # whether its finish reason was sent
+        self._texts: list[str] = []
+        self._outputs: list[TokenOutput] = []
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._outputs) or (self.finish_reason is not None and not self.is_reported)
+
+    def add(self, output: TokenOutput) -> None:
+        assert output.token_id is not None
+        self._outputs.append(output)
+        reason = output.finish_reason
+        if reason is not FinishReason.STOP:  # the token that stops is not part of the text
+            self._texts.append(self.detokenizer.push(output.token_id))
+        if self.detokenizer.stopped:
+            reason = FinishReason.STOP
+        if reason is not None:
+            self.finish(reason)
+
+    def finish(self, reason: FinishReason) -> None:
+        self._texts.append(self.detokenizer.finish())
+        self.finish_reason = reason
+
+    def move_into(self, output: pb.Output, token_text: Callable[[int], str]) -> None:
+        output.index = self.index
+        output.text = "".join(self._texts)
+        for each in self._outputs:
+            add_token(output.tokens, each.token, token_text)
+        if self.finish_reason is not None:
+            self._report_end(output)
+        self._texts.clear()
+        self._outputs.clear()
+
+    def _report_end(self, output: pb.Output) -> None:
+        assert self.finish_reason is not None
+        self.is_reported = True
+        output.finish_reason = FINISH_REASONS[self.finish_reason]
+        if self.finish_reason is FinishReason.STOP:
+            if self.detokenizer.stop_string is not None:
+                output.stop_string = self.detokenizer.stop_string
+            else:
+                output.stop_token_id = output.tokens[-1].id
+
+
 class Completion:
-    """`end` is set by the last token."""
+    """`end` is set when no more tokens are wanted.
+
+    `end_sample` is told of each sample that a stop string ended while others go on.
+    """
 
     def __init__(
         self,
         request_id: str,
-        num_prompt_tokens: int,
-        detokenizer: Detokenizer,
+        *,
+        prompt_token_ids: list[int],
+        detokenizers: list[Detokenizer],
+        tokenizer: TextCodec,
         observer: RequestObserver,
+        end_sample: Callable[[int], None],
+        echo: bool = False,
     ) -> None:
         self.end: RequestEnd | None = None
+        self.num_pending_tokens = 0
         self._request_id = request_id
-        self._num_prompt_tokens = num_prompt_tokens
-        self._num_completion_tokens = 0
-        self._detokenizer = detokenizer
+        self._prompt_token_ids = prompt_token_ids
+        self._choices = [_Choice(index, each) for index, each in enumerate(detokenizers)]
+        self._tokenizer = tokenizer
         self._observer = observer
+        self._end_sample = end_sample
+        self._prompt = self._echo() if echo else None
+        self._num_completion_tokens = 0
+        self._num_cached_tokens = 0
 
-    def add(self, output: TokenOutput) -> pb.GenerateResponse:
-        """The part that this token makes. Raises EngineFailed."""
+    def add(self, output: TokenOutput) -> None:
+        """Take a token in. Raises EngineFailed, DeadlineExceeded or QueueTimeout."""
         if output.token_id is None:
-            raise EngineFailed(output.error or "the engine ended it without a token")
+            raise _failure(output)
+        choice = self._choices[output.index]
+        if choice.finish_reason is not None:
+            return  # a stop string ended it; this was made before the engine knew
         self._observer.token()
         self._num_completion_tokens += 1
-        text, finish_reason = self._decide(output.token_id, output.finish_reason)
-        part = pb.GenerateResponse(
-            request_id=self._request_id,
-            text=text,
-            tokens=[token_info_of(output.token)],
-            prompt_tokens=[token_info_of(token) for token in output.prompt_logprobs],
-        )
-        if finish_reason is not None:
-            self.end = _ENDS[finish_reason]
-            part.finish_reason = FINISH_REASONS[finish_reason]
-            part.usage.CopyFrom(self._usage())
+        self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
+        self.num_pending_tokens += 1
+        if output.prompt_logprobs:
+            self._prompt = self._echo(output.prompt_logprobs)
+        choice.add(output)
+        if choice.finish_reason is not None:
+            self._end_if_all_have()
+            if output.finish_reason is None and self.end is None:
+                self._end_sample(output.index)
+
+    def cancel(self) -> None:
+        """End what has not ended."""
+        for choice in self._choices:
+            if choice.finish_reason is None:
+                choice.finish(FinishReason.CANCELLED)
+        self.end = "cancelled"
+
+    def take(self) -> pb.GenerateResponse:
+        """All that came since the last call."""
+        part = pb.GenerateResponse(request_id=self._request_id, prompt=self._prompt)
+        self._prompt = None
+        for choice in self._choices:
+            if choice.has_news:
+                choice.move_into(part.outputs.add(), self._tokenizer.token_text)
+        self.num_pending_tokens = 0
+        if self.end is not None:
+            self._add_costs(part)
         return part
 
-    def _decide(
-        self, token_id: int, finish_reason: FinishReason | None
-    ) -> tuple[str, FinishReason | None]:
-        """The new text, and why the completion ends here, if it does."""
-        text = ""
-        if finish_reason is not FinishReason.STOP:  # the token that stops is not part of the text
-            text = self._detokenizer.push(token_id)
-        if finish_reason is not None:
-            text += self._detokenizer.finish()
-        return text, FinishReason.STOP if self._detokenizer.stopped else finish_reason
+    def fail(self, error: pb.Error) -> pb.GenerateResponse:
+        """The last part of a response that fails after it began."""
+        part = pb.GenerateResponse(request_id=self._request_id, error=error)
+        for choice in self._choices:
+            if choice.finish_reason is None:
+                part.outputs.add(index=choice.index, finish_reason=pb.FINISH_REASON_ERROR)
+        self._add_costs(part)
+        return part
 
-    def _usage(self) -> pb.Usage:
-        return pb.Usage(
-            prompt_tokens=self._num_prompt_tokens,
-            completion_tokens=self._num_completion_tokens,
-            time_to_first_token_seconds=self._observer.time_to_first_token_seconds,
-            duration_seconds=self._observer.duration_seconds,
+    def _echo(self, logprobs: Sequence[TokenLogprob] = ()) -> pb.Prompt:
+        """The prompt as the first part returns it; nothing comes before its first token."""
+        ids = self._prompt_token_ids
+        prompt = pb.Prompt(text=self._tokenizer.decode(ids, skip_special_tokens=False))
+        known = [TokenLogprob(token_id=each, logprob=0.0) for each in ids]
+        for token in (known[0], *logprobs) if logprobs else known:
+            add_token(prompt.tokens, token, self._tokenizer.token_text)
+        return prompt
+
+    def _end_if_all_have(self) -> None:
+        reasons = [choice.finish_reason for choice in self._choices]
+        if None not in reasons and self.end is None:
+            last = reasons[-1]
+            assert last is not None
+            self.end = _ENDS[last]
+
+    def _add_costs(self, part: pb.GenerateResponse) -> None:
+        part.usage.prompt_tokens = len(self._prompt_token_ids)
+        part.usage.completion_tokens = self._num_completion_tokens
+        part.usage.cached_tokens = self._num_cached_tokens
+        part.timings.time_to_first_token_seconds = self._observer.time_to_first_token_seconds
+        part.timings.duration_seconds = self._observer.duration_seconds
+        part.timings.decode_seconds = (
+            self._observer.duration_seconds - self._observer.time_to_first_token_seconds
         )
 
 
-def whole(parts: Sequence[pb.GenerateResponse]) -> pb.GenerateResponse:
-    """All parts of a completion as one."""
-    response = pb.GenerateResponse()
-    response.CopyFrom(parts[-1])
-    response.text = "".join(part.text for part in parts)
-    del response.tokens[:]
-    response.tokens.extend(token for part in parts for token in part.tokens)
-    response.prompt_tokens.extend(parts[0].prompt_tokens if len(parts) > 1 else ())
-    return response
+def _failure(output: TokenOutput) -> LowbitError:
+    assert output.finish_reason is not None
+    kind, text = _FAILURES.get(output.finish_reason, (EngineFailed, "it ended without a token"))
+    return kind(output.error or text)

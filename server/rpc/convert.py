@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from typing import Final
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, Final
+
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 from ...proto import generation_pb2 as pb
 from ..types import (
@@ -17,16 +21,19 @@ from ..types import (
     SchedulingParams,
     TokenLogprob,
 )
+from .errors import UnsupportedField
 
 FINISH_REASONS: Final = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
 }
 _ROLES: Final[dict[int, ChatRole]] = {
     pb.CHAT_ROLE_SYSTEM: "system",
     pb.CHAT_ROLE_USER: "user",
     pb.CHAT_ROLE_ASSISTANT: "assistant",
 }
+_SUPPORTED: Final = frozenset(field.name for field in fields(SamplingParams))
 _PRIORITIES: Final = {
     pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
     pb.PRIORITY_HIGH: Priority.HIGH,
@@ -54,17 +61,6 @@ def request_id_of(request: pb.GenerateRequest) -> str | None:
     return request_id
 
 
-def token_ids_of(token_ids: pb.TokenIds, max_model_len: int) -> list[int]:
-    """Raises InvalidRequest."""
-    # The engine checks the length too, but 4 MiB are four million ids to copy before.
-    if not 1 <= len(token_ids.ids) <= max_model_len:
-        raise InvalidRequest(
-            f"token_ids holds {len(token_ids.ids)} ids; "
-            f"it must hold 1 to {max_model_len} (max_model_len)"
-        )
-    return list(token_ids.ids)
-
-
 def chat_of(chat: pb.Chat) -> list[ChatMessage]:
     """Raises InvalidRequest."""
     if not chat.messages:
@@ -79,24 +75,16 @@ def chat_of(chat: pb.Chat) -> list[ChatMessage]:
 
 
 def sampling_params_of(sampling: pb.SamplingParams) -> SamplingParams:
-    """What is set, the rest at its default. Raises InvalidRequest."""
-    given = {field.name: value for field, value in sampling.ListFields() if not field.is_repeated}
-    return SamplingParams(
-        **given,
-        logit_bias=dict(sampling.logit_bias),
-        allowed_token_ids=tuple(sampling.allowed_token_ids),
-        stop=tuple(sampling.stop),
-        stop_token_ids=tuple(sampling.stop_token_ids),
-        choice=tuple(sampling.choice),
-    )
-
-
-def token_info_of(token: TokenLogprob) -> pb.TokenInfo:
-    return pb.TokenInfo(
-        id=token.token_id,
-        logprob=token.logprob,
-        top_logprobs=[pb.Candidate(id=id, logprob=logprob) for id, logprob in token.top],
-    )
+    """What is set, the rest at its default. Raises InvalidRequest or UnsupportedField."""
+    given: dict[str, Any] = {}
+    for field, value in sampling.ListFields():
+        if field.name not in _SUPPORTED:
+            raise UnsupportedField(f"sampling.{field.name} is set; this server does not support it")
+        if field.message_type is not None:
+            given[field.name] = dict(value)  # the only messages in it are maps
+        else:
+            given[field.name] = tuple(value) if field.is_repeated else value
+    return SamplingParams(**given)
 
 
 def scheduling_params_of(request: pb.GenerateRequest, tenant: str = "") -> SchedulingParams:
@@ -109,3 +97,23 @@ def scheduling_params_of(request: pb.GenerateRequest, tenant: str = "") -> Sched
         tenant=tenant,
         deadline_seconds=request.deadline_seconds if request.HasField("deadline_seconds") else None,
     )
+
+
+def stream_interval_of(request: pb.GenerateRequest) -> int:
+    """Raises InvalidRequest."""
+    if not request.HasField("stream_interval"):
+        return 1
+    if request.stream_interval < 1:
+        raise InvalidRequest(f"stream_interval is {request.stream_interval}; it must be at least 1")
+    return request.stream_interval
+
+
+def add_token(
+    tokens: RepeatedCompositeFieldContainer[pb.TokenInfo],
+    token: TokenLogprob,
+    token_text: Callable[[int], str],
+) -> None:
+    """Append a token to those of a message."""
+    info = tokens.add(id=token.token_id, logprob=token.logprob, text=token_text(token.token_id))
+    for token_id, logprob in token.top:
+        info.top_logprobs.add(id=token_id, logprob=logprob, text=token_text(token_id))

@@ -1,4 +1,4 @@
-"""Bytes to a GenerateRequest, or an error that says where they are wrong.
+"""Bytes to a request message, or an error that says where they are wrong.
 
 protobuf's own parser says of bad bytes only that they are bad, and says nothing of fields that it
 does not know.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import FieldDescriptor
@@ -22,38 +22,44 @@ from .errors import UnsupportedField
 
 # 4 MiB can hold two million fields, and looking at each takes seconds of everybody's time.
 _MAX_LOOKED_AT: Final = 4096
-_REQUEST_NAME: Final = pb.GenerateRequest.DESCRIPTOR.full_name
+
+Request = TypeVar("Request", bound=Message)
 
 
-def parse_request(data: bytes) -> pb.GenerateRequest:
+def parse(data: bytes, kind: type[Request]) -> Request:
     """Raises InvalidRequest or UnsupportedField."""
     try:
-        request = pb.GenerateRequest.FromString(data)
+        request = kind.FromString(data)
     except DecodeError:
-        raise InvalidRequest(_why_undecodable(data)) from None
-    num_messages = len(request.chat.messages)
-    if num_messages > MAX_CHAT_MESSAGES:
-        raise InvalidRequest(
-            f"chat.messages holds {num_messages} messages; it may hold at most {MAX_CHAT_MESSAGES}"
-        )
+        raise InvalidRequest(_why_undecodable(data, kind.DESCRIPTOR.full_name)) from None
+    if isinstance(request, pb.GenerateRequest | pb.TokenizeRequest):
+        _check_num_messages(request.chat)
     _refuse_unknown_fields(request)
     return request
 
 
-def _refuse_unknown_fields(request: pb.GenerateRequest) -> None:
-    known = pb.GenerateRequest()
+def _check_num_messages(chat: pb.Chat) -> None:
+    num_messages = len(chat.messages)
+    if num_messages > MAX_CHAT_MESSAGES:
+        raise InvalidRequest(
+            f"chat.messages holds {num_messages} messages; it may hold at most {MAX_CHAT_MESSAGES}"
+        )
+
+
+def _refuse_unknown_fields(request: Message) -> None:
+    known = type(request)()
     known.CopyFrom(request)
     known.DiscardUnknownFields()
     num_unknown_bytes = request.ByteSize() - known.ByteSize()
     if num_unknown_bytes > _MAX_LOOKED_AT:
         raise UnsupportedField(
-            f"{_REQUEST_NAME} holds {num_unknown_bytes} bytes of fields that this server "
-            "does not know"
+            f"{request.DESCRIPTOR.full_name} holds {num_unknown_bytes} bytes of fields "
+            "that this server does not know"
         )
     if num_unknown_bytes > 0:
         path, number = next(_unknown_fields(request))
         raise UnsupportedField(
-            f"{path or _REQUEST_NAME} holds field number {number}, "
+            f"{path or request.DESCRIPTOR.full_name} holds field number {number}, "
             "which this server does not know, or knows with another type"
         )
 
@@ -65,17 +71,17 @@ def _unknown_fields(request: Message) -> Iterator[tuple[str, int]]:
             yield path.rstrip("."), unknown[0].field_number
 
 
-def _why_undecodable(data: bytes) -> str:
+def _why_undecodable(data: bytes, name: str) -> str:
     try:
-        message = _bytes_twin().FromString(data)
+        message = _bytes_twin(name).FromString(data)
     except DecodeError:
-        return f"the {len(data)} bytes of the request are not a {_REQUEST_NAME}"
-    for name, value in itertools.islice(_texts(message), _MAX_LOOKED_AT):
+        return f"the {len(data)} bytes of the request are not a {name}"
+    for field, value in itertools.islice(_texts(message), _MAX_LOOKED_AT):
         try:
             value.decode()
         except UnicodeDecodeError as error:
             return (
-                f"{name} is not valid UTF-8: "
+                f"{field} is not valid UTF-8: "
                 f"byte 0x{value[error.start]:02x} at offset {error.start}"
             )
     return "the request holds text that is not valid UTF-8"
@@ -88,8 +94,8 @@ def _texts(message: Message) -> Iterator[tuple[str, bytes]]:
 
 
 @functools.cache
-def _bytes_twin() -> type[Message]:
-    """GenerateRequest with bytes for every string, which takes what is not UTF-8."""
+def _bytes_twin(name: str) -> type[Message]:
+    """The message of this name with bytes for every string, which takes what is not UTF-8."""
     file = descriptor_pb2.FileDescriptorProto()
     pb.DESCRIPTOR.CopyToProto(file)
     del file.service[:]
@@ -99,7 +105,7 @@ def _bytes_twin() -> type[Message]:
                 field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(_REQUEST_NAME))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
 
 
 def _messages(message: Message, path: str = "") -> Iterator[tuple[str, Message]]:
@@ -120,5 +126,4 @@ def _items(message: Message, kind: int) -> Iterator[tuple[str, Any]]:
 
 
 def _is_map(field: FieldDescriptor) -> bool:
-    """Maps hold numbers alone here: neither text nor fields that could be unknown."""
     return field.message_type is not None and field.message_type.GetOptions().map_entry

@@ -34,10 +34,11 @@ class Detokenizer:
         stop: Sequence[str] = (),
         context: Sequence[int] = (),
         min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> None:
         self._decode = decode
         self._special_token_ids = special_token_ids
-        self._stop = _StopStrings(stop)
+        self._stop = _StopStrings(stop, included=include_stop)
         self._tokens_before_stop = min_tokens - 1
         self._window = self._shortest_context(context)
         self._emitted = len(decode(self._window))  # characters of the window's text
@@ -47,6 +48,11 @@ class Detokenizer:
     @property
     def stopped(self) -> bool:
         """Whether a stop string was found; all text before it is out then."""
+        return self._stop.found is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was found."""
         return self._stop.found
 
     def push(self, token_id: int) -> str:
@@ -119,22 +125,24 @@ class _StopStrings:
     result does not depend on how the text was cut into pieces.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        self.found = False
+    def __init__(self, stop: Sequence[str], *, included: bool) -> None:
+        self.found: str | None = None
         self._stop = stop
+        self._included = included
         self._held = ""  # could be the beginning of a stop string
 
     def push(self, text: str) -> str:
-        if self.found or not text:
+        if self.found is not None or not text:
             return ""
         text = self._held + text
         matches = [
             (start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0
         ]
         if matches:
-            self.found = True
+            end, start = min(matches)
+            self.found = text[start:end]
             self._held = ""
-            return text[: min(matches)[1]]
+            return text[: end if self._included else start]
         num_held = max((_num_held_back(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]

@@ -18,6 +18,7 @@ from ..types import (
     TokenConstraint,
 )
 from .detokenizer import Detokenizer
+from .special_tokens import SpecialTokenGuard
 from .structured import ConstraintCompiler
 
 
@@ -38,6 +39,8 @@ class Tokenizer:
         self._special_token_ids = frozenset(
             {token_id for token_id, token in added.items() if token.special}
         )
+        self._guard = SpecialTokenGuard(self._backend, pretrained.chat_template)
+        self._token_texts: dict[int, str] = {}
         self.max_characters_per_token = max(map(len, self._backend.get_vocab()))
         self._lock = threading.Lock()
         self._compiler: ConstraintCompiler | None = None
@@ -60,15 +63,27 @@ class Tokenizer:
             )
         return cls(pretrained)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, with the special tokens that the tokenizer adds by itself."""
-        return self._encode(text, add_special_tokens=True)
+    @property
+    def has_chat_template(self) -> bool:
+        return self._pretrained.chat_template is not None
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special_tokens: bool = False
+    ) -> list[int]:
+        """The ids of `text`, with the special tokens that the tokenizer adds by itself.
+
+        What looks like a special token in the text is one only if `parse_special_tokens`.
+        """
+        if parse_special_tokens:
+            text = self._guard.admit(text)
+        return self._guard.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The ids of a conversation, up to where the assistant speaks next.
 
-        Raises InvalidRequest when there is no message, too many of them, no template, or when the
-        template refuses them.
+        Only the template makes special tokens: what a message says is text, whatever it looks
+        like. Raises InvalidRequest when there is no message, too many of them, no template, or
+        when the template refuses them.
         """
         if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
             raise InvalidRequest(
@@ -76,7 +91,13 @@ class Tokenizer:
             )
         if self._pretrained.chat_template is None:
             raise InvalidRequest("chat is set; this model has no chat template, so send text")
-        conversation = [{"role": each.role, "content": each.content} for each in messages]
+        conversation = [
+            {
+                "role": each.role,
+                "content": self._guard.mark(each.content, by_model=each.role == "assistant"),
+            }
+            for each in messages
+        ]
         try:
             text = self._pretrained.apply_chat_template(
                 conversation, add_generation_prompt=True, tokenize=False
@@ -85,14 +106,29 @@ class Tokenizer:
             raise InvalidRequest(f"chat is refused by the model's template: {error}") from error
         assert isinstance(text, str)
         # The template has written the special tokens already.
-        return self._encode(text, add_special_tokens=False)
+        return self._guard.encode(
+            self._guard.unmark(self._guard.admit(text)), add_special_tokens=False
+        )
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of some tokens, special ones left out."""
-        return self._backend.decode(token_ids, skip_special_tokens=True)
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """What a token says by itself. Incomplete characters are U+FFFD; special tokens show."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self._backend.decode(
+                [token_id], skip_special_tokens=False
+            )
+        return text
 
     def detokenizer(
-        self, stop: Sequence[str] = (), context: Sequence[int] = (), min_tokens: int = 0
+        self,
+        stop: Sequence[str] = (),
+        context: Sequence[int] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> Detokenizer:
         """For one completion; see `Detokenizer` for what the arguments change."""
         return Detokenizer(
@@ -101,6 +137,7 @@ class Tokenizer:
             stop=stop,
             context=context,
             min_tokens=min_tokens,
+            include_stop=include_stop,
         )
 
     def constraint(
@@ -117,7 +154,3 @@ class Tokenizer:
                     self._backend.to_str(), vocab_size, eos_token_ids
                 )
         return self._compiler.compile(params)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return encoding.ids

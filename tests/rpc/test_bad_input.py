@@ -241,7 +241,7 @@ async def test_more_requests_than_the_server_holds() -> None:
         RecitingRunner(endless=True, step_seconds=0.001),
         config=ServerConfig(port=0, metrics_port=0, engine=engine),
     )
-    async with running(rig), AsyncClient(rig.address) as client:
+    async with running(rig), AsyncClient(rig.address, max_attempts=1) as client:
         running_ = client.stream("Hi")
         await anext(running_)
         waiting = asyncio.create_task(client.generate("Hi"))

@@ -6,7 +6,7 @@ import asyncio
 import json
 import urllib.request
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grpc
 import grpc.aio
@@ -21,7 +21,7 @@ from lowbit.server.client import AsyncClient
 from lowbit.server.text.detokenizer import Detokenizer
 from lowbit.server.types import ChatMessage, FinishReason
 from prometheus_client.parser import text_string_to_metric_families
-from serving import EOS, ByteCodec, Rig, make_rig, running
+from serving import EOS, ByteCodec, RecitingRunner, Rig, make_rig, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -37,18 +37,72 @@ async def test_unary(client: AsyncClient) -> None:
     assert generation.finish_reason is FinishReason.STOP
     assert generation.usage.prompt_tokens == 2
     assert generation.usage.completion_tokens == len(REPLY)
-    usage = generation.usage
-    assert 0 < usage.time_to_first_token_seconds <= usage.duration_seconds < 5
+    timings = generation.timings
+    assert 0 < timings.time_to_first_token_seconds <= timings.duration_seconds < 5
 
 
-async def test_a_stream_brings_one_delta_per_token(client: AsyncClient) -> None:
+async def test_a_stream_brings_deltas_and_the_costs_once(client: AsyncClient) -> None:
     deltas = [delta async for delta in client.stream("Hi")]
-    assert [delta.text for delta in deltas] == [*"Hello, world!", ""]
+    assert "".join(delta.text for delta in deltas) == "Hello, world!"
     assert [token.id for delta in deltas for token in delta.tokens] == REPLY
-    assert {len(delta.tokens) for delta in deltas} == {1}
+    assert all(delta.tokens for delta in deltas)
     assert len({delta.request_id for delta in deltas}) == 1
-    assert [delta.finish_reason for delta in deltas] == [None] * 13 + [FinishReason.STOP]
-    assert [delta.usage is None for delta in deltas] == [True] * 13 + [False]
+    *before, last = deltas
+    assert last.finish_reason is FinishReason.STOP
+    assert last.stop_match == EOS
+    assert last.usage is not None and last.timings is not None
+    assert all(each.finish_reason is each.usage is each.timings is None for each in before)
+
+
+async def test_a_token_is_sent_as_soon_as_it_is_made() -> None:
+    runner = RecitingRunner(gated=True)
+    async with running(make_rig(runner)) as rig, AsyncClient(rig.address) as client:
+        stream = client.stream("Hi")
+        for character in "Hello":
+            runner.allow(1)
+            delta = await asyncio.wait_for(anext(stream), 5)
+            assert (delta.text, len(delta.tokens)) == (character, 1)
+        await stream.aclose()
+
+
+async def test_what_a_slow_step_allows_is_told_by_the_interval() -> None:
+    runner = RecitingRunner(gated=True)
+    async with running(make_rig(runner)) as rig, AsyncClient(rig.address) as client:
+        stream = client.stream("Hi", stream_interval=4)
+        texts = []
+        for num_steps in (1, 4, 4):  # the first token never waits
+            runner.allow(num_steps)
+            texts.append((await asyncio.wait_for(anext(stream), 5)).text)
+        assert texts == ["H", "ello", ", wo"]
+        runner.open()
+        assert "".join([delta.text async for delta in stream]) == "rld!"
+
+
+async def test_tokens_say_their_own_text(client: AsyncClient) -> None:
+    generation = await client.generate("Hi")
+    assert [token.text for token in generation.tokens] == [*"Hello, world!", "<eos>"]
+    assert generation.completions[0].stop_match == EOS
+    assert (await client.generate("Hi", stop=["world"])).completions[0].stop_match == "world"
+
+
+async def test_the_prompt_comes_back_where_it_is_asked_for(client: AsyncClient) -> None:
+    generation = await client.generate("Hi", echo=True)
+    assert [(token.id, token.text) for token in generation.prompt_tokens] == [(72, "H"), (105, "i")]
+    first, *rest = [delta async for delta in client.stream([1, 72, 105], echo=True)]
+    assert [token.id for token in first.prompt_tokens] == [1, 72, 105]
+    assert not any(delta.prompt_tokens for delta in rest)
+
+
+async def test_a_prompt_is_cut_to_its_end_where_it_may(client: AsyncClient) -> None:
+    generation = await client.generate("Hello", truncate_prompt_tokens=2, echo=True)
+    assert "".join(token.text for token in generation.prompt_tokens) == "lo"
+    assert generation.usage.prompt_tokens == 2
+
+
+async def test_a_special_token_in_a_prompt_is_text_unless_asked_for(client: AsyncClient) -> None:
+    assert (await client.generate("<bos>")).usage.prompt_tokens == len("<bos>")
+    parsed = await client.generate("<bos>Hi", parse_special_tokens=True)
+    assert parsed.usage.prompt_tokens == 3
 
 
 async def test_the_server_makes_request_ids(client: AsyncClient) -> None:
@@ -85,10 +139,10 @@ async def test_a_completion_goes_on_where_its_prompt_ends_and_an_answer_does_not
         contexts: ClassVar[list[Sequence[int]]] = []
 
         def detokenizer(
-            self, stop: Sequence[str] = (), context: Sequence[int] = (), min_tokens: int = 0
+            self, stop: Sequence[str] = (), context: Sequence[int] = (), **options: Any
         ) -> Detokenizer:
             self.contexts.append(context)
-            return super().detokenizer(stop, context, min_tokens)
+            return super().detokenizer(stop, context, **options)
 
     async with (
         running(make_rig(tokenizer=Codec())) as rig,
@@ -141,16 +195,18 @@ async def test_the_generated_stub_of_blocking_grpc(rig: Rig) -> None:
             return stub.Generate(request), list(stub.GenerateStream(request))
 
     whole, parts = await asyncio.to_thread(call)
-    assert whole.text == "".join(part.text for part in parts) == "Hell"
-    assert [token.id for token in whole.tokens] == [*b"Hell"]
-    assert whole.finish_reason == parts[-1].finish_reason == pb.FINISH_REASON_LENGTH
+    (output,) = whole.outputs
+    assert output.text == "".join(part.outputs[0].text for part in parts) == "Hell"
+    assert [(token.id, token.text) for token in output.tokens] == [(ord(c), c) for c in "Hell"]
+    assert output.finish_reason == pb.FINISH_REASON_LENGTH
+    assert parts[-1].outputs[0].finish_reason == pb.FINISH_REASON_LENGTH
     assert not parts[0].HasField("usage")
 
 
 async def test_a_client_that_knows_nothing_but_reflection(rig: Rig) -> None:
     """What grpcurl does: the service's messages are built from what the server tells of itself."""
 
-    def call() -> dict[str, object]:
+    def call() -> dict[str, Any]:
         with grpc.insecure_channel(rig.address) as channel:
             database = ProtoReflectionDescriptorDatabase(channel)
             services = database.get_services()
@@ -171,8 +227,9 @@ async def test_a_client_that_knows_nothing_but_reflection(rig: Rig) -> None:
             return dict(json.loads(json_format.MessageToJson(response, descriptor_pool=pool)))
 
     answer = await asyncio.to_thread(call)
-    assert answer["text"] == "Hell"
-    assert answer["finishReason"] == "FINISH_REASON_LENGTH"
+    (output,) = answer["outputs"]
+    assert output["text"] == "Hell"
+    assert output["finishReason"] == "FINISH_REASON_LENGTH"
 
 
 async def test_reflection_lists_the_services(rig: Rig) -> None:
@@ -182,7 +239,10 @@ async def test_reflection_lists_the_services(rig: Rig) -> None:
 
     assert await asyncio.to_thread(list_services) == {
         "lowbit.v1.GenerationService",
+        "lowbit.v1.ModelService",
+        "lowbit.v1.ControlService",
         "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
     }
 
@@ -212,3 +272,22 @@ async def test_what_prometheus_sees(client: AsyncClient, rig: Rig) -> None:
     assert grown["inter_token_latency_seconds_count", ""] == 13 + 2
     assert grown["request_duration_seconds_count", ""] == 2
     assert after["kv_cache_usage_ratio", ""] == 0
+
+
+async def test_several_samples_of_one_prompt(client: AsyncClient, rig: Rig) -> None:
+    generation = await client.generate("Hi", n=3, stop=["wor"])
+    assert [each.text for each in generation.completions] == ["Hello, "] * 3
+    assert {each.stop_match for each in generation.completions} == {"wor"}
+    assert generation.usage.completion_tokens == 3 * len("Hello, wor")
+    deltas = [delta async for delta in client.stream("Hi", n=2)]
+    for index in range(2):
+        own = [delta for delta in deltas if delta.index == index]
+        assert "".join(delta.text for delta in own) == "Hello, world!"
+        assert own[-1].finish_reason is FinishReason.STOP
+    assert [delta.usage is None for delta in deltas] == [True] * (len(deltas) - 1) + [False]
+    await rig.wait_blocks_free()
+
+
+async def test_a_stop_string_in_the_text_when_asked_for(client: AsyncClient) -> None:
+    generation = await client.generate("Hi", stop=["lo, w"], include_stop=True)
+    assert generation.text == "Hello, w"

@@ -52,8 +52,10 @@ async def test_candidates_come_with_every_token(client: AsyncClient) -> None:
 async def test_prompt_logprobs_come_once(client: AsyncClient) -> None:
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 4, "prompt_logprobs": 2}
     whole = await client.generate("Hello", **options)
-    assert [token.id for token in whole.prompt_tokens] == list(b"ello")
-    assert all(len(token.top_logprobs) == 2 for token in whole.prompt_tokens)
+    assert [token.id for token in whole.prompt_tokens] == list(b"Hello")
+    first, *rest = whole.prompt_tokens  # nothing comes before the first
+    assert first.top_logprobs == ()
+    assert all(len(token.top_logprobs) == 2 and token.logprob < 0 for token in rest)
     parts = [part async for part in client.stream("Hello", **options)]
     assert parts[0].prompt_tokens == whole.prompt_tokens
     assert all(part.prompt_tokens == () for part in parts[1:])

@@ -67,7 +67,7 @@ def server_process(kind: str) -> Iterator[ServerProcess]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(number: signal.Signals) -> None:
-    with server_process("gated") as server, Client(server.address) as client:
+    with server_process("gated") as server, Client(server.address, max_attempts=1) as client:
         server.allow_steps(1)
         stream = client.stream("Hi")
         text = next(stream).text
@@ -82,7 +82,7 @@ def test_a_signal_drains(number: signal.Signals) -> None:
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    with server_process("endless") as server, Client(server.address) as client:
+    with server_process("endless") as server, Client(server.address, max_attempts=1) as client:
         stream = client.stream("Hi", max_tokens=500)
         next(stream)
         server.send(signal.SIGTERM)

@@ -10,8 +10,9 @@ import sys
 import threading
 
 from lowbit.server.config import ServerConfig
+from lowbit.server.rpc.deployment import Loaded
 from lowbit.server.rpc.server import GenerationServer, serve
-from serving import ByteCodec, RecitingRunner, make_rig
+from serving import RecitingRunner, make_rig
 
 
 def main(endless: bool) -> None:
@@ -26,7 +27,11 @@ def main(endless: bool) -> None:
         print(server.port, flush=True)
 
     threading.Thread(target=read_lines, daemon=True).start()
-    asyncio.run(serve(rig.config, rig.engine, ByteCodec(), rig.metrics, on_started=report))
+
+    async def load() -> Loaded:
+        return rig.loaded
+
+    asyncio.run(serve(rig.config, rig.metrics, load, warm_up=False, on_started=report))
 
 
 if __name__ == "__main__":

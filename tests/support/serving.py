@@ -18,10 +18,16 @@ from lowbit.server.engine.scheduler import SchedulerOutput
 from lowbit.server.engine.sequence import SampledToken, Sequence, SequenceResult
 from lowbit.server.metrics import Metrics
 from lowbit.server.rpc import server as server_module
+from lowbit.server.rpc.deployment import Loaded, TextCodec
 from lowbit.server.rpc.server import GenerationServer
-from lowbit.server.rpc.servicer import TextCodec
 from lowbit.server.text.detokenizer import Detokenizer
-from lowbit.server.types import ChatMessage, InvalidRequest, SamplingParams, TokenConstraint
+from lowbit.server.types import (
+    ChatMessage,
+    InvalidRequest,
+    ModelInfo,
+    SamplingParams,
+    TokenConstraint,
+)
 from prometheus_client import CollectorRegistry
 
 EOS, VOCAB_SIZE = 257, 320
@@ -31,27 +37,41 @@ class ByteCodec:
     """One token per byte, whose id is the byte; no special tokens, no template."""
 
     max_characters_per_token = 1
+    has_chat_template = True
 
-    def encode(self, text: str) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special_tokens: bool = False
+    ) -> list[int]:
         return list(text.encode())
 
     def encode_chat(self, messages: SequenceOf[ChatMessage]) -> list[int]:
         return self.encode("".join(f"[{each.role}] {each.content}\n" for each in messages))
 
+    def decode(self, token_ids: SequenceOf[int], *, skip_special_tokens: bool = True) -> str:
+        return bytes(each for each in token_ids if each < 256).decode("utf-8", "replace")
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id])
+
     def detokenizer(
-        self, stop: SequenceOf[str] = (), context: SequenceOf[int] = (), min_tokens: int = 0
+        self,
+        stop: SequenceOf[str] = (),
+        context: SequenceOf[int] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> Detokenizer:
         return Detokenizer(
-            self._decode, special_token_ids=frozenset({EOS}), stop=stop, min_tokens=min_tokens
+            self.decode,
+            special_token_ids=frozenset({EOS}),
+            stop=stop,
+            min_tokens=min_tokens,
+            include_stop=include_stop,
         )
 
     def constraint(
         self, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]
     ) -> TokenConstraint:
         raise InvalidRequest("this codec prescribes no form")
-
-    def _decode(self, token_ids: SequenceOf[int]) -> str:
-        return bytes(token_ids).decode("utf-8", "replace")
 
 
 class RecitingRunner:
@@ -114,6 +134,7 @@ class Rig:
     llm: LLMEngine
     runner: RecitingRunner
     metrics: Metrics
+    loaded: Loaded
 
     @property
     def address(self) -> str:
@@ -164,8 +185,9 @@ def make_rig(
     )
     engine = AsyncEngine(llm, on_step=metrics.observe_step)
     tokenizer = tokenizer or ByteCodec()
-    server = GenerationServer(config, engine, tokenizer, metrics)
-    return Rig(config, server, engine, llm, runner, metrics)
+    loaded = Loaded(engine=engine, tokenizer=tokenizer, model=ModelInfo(name="recital"))
+    server = GenerationServer(config, metrics)
+    return Rig(config, server, engine, llm, runner, metrics, loaded)
 
 
 class NoMetricsServer:
@@ -186,6 +208,7 @@ async def running(rig: Rig, *, with_metrics: bool = False) -> AsyncIterator[Rig]
     try:
         with patch.object(server_module, "start_metrics_server", metrics_server):
             await rig.server.start()
+        await rig.server.open(rig.loaded)
         yield rig
     finally:
         rig.runner.open()

@@ -1,0 +1,26 @@
+"""What may be said of a checkpoint to whoever asks the server. Reads no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...quant.checkpoint import CheckpointReader
+from ..types import ModelInfo, QuantizationInfo
+from .config import ModelConfig
+
+
+def model_info(folder: Path, name: str = "") -> ModelInfo:
+    """By the folder's name unless there is another. Raises CheckpointError."""
+    reader = CheckpointReader(folder)
+    config = ModelConfig.from_hf(reader.config, reader.generation_config)
+    quant = reader.quant_config
+    return ModelInfo(
+        name=name or folder.resolve().name,
+        architecture=reader.config["architectures"][0],
+        eos_token_ids=tuple(sorted(config.eos_token_ids)),
+        quantization=None
+        if quant is None
+        else QuantizationInfo(
+            format=quant.checkpoint_format, bits=quant.bits, group_size=quant.group_size
+        ),
+    )

@@ -1,0 +1,30 @@
+"""Handlers of calls with one small request and one reply, refused by the same table of errors."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from .convert import new_request_id
+from .errors import abort, describe
+from .wire import Request, parse
+
+
+def unary_handler(
+    kind: type[Request], method: Callable[[Request], Awaitable[Message]]
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """Parse the bytes of a call, answer it, or end it with the status of what is raised."""
+
+    async def handle(data: bytes, context: grpc.aio.ServicerContext[bytes, Message]) -> Message:
+        try:
+            return await method(parse(data, kind))
+        except Exception as error:
+            await abort(context, describe(error, new_request_id()))
+
+    return grpc.unary_unary_rpc_method_handler(
+        handle, response_serializer=lambda message: message.SerializeToString()
+    )
