@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILURE = 1
 EXIT_ENGINE_FAILED = 70  # a supervisor should start the server again
+API_KEY_VARIABLE = "LOWBIT_API_KEY"  # not an option: others can read a command line
 EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_convert(commands)
     _add_serve(commands)
+    _add_keys(commands)
     _add_generate(commands)
     _add_chat(commands)
     for command in commands.choices.values():
@@ -463,6 +465,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         return Loaded(engine=async_engine, tokenizer=tokenizer, model=model)
 
     def announce(server: GenerationServer) -> None:
+        if config.allow_insecure:
+            logger.warning("allow_insecure is set: whoever reaches %s may call", config.host)
         print(
             f"lowbit serves {arguments.checkpoint} on {config.host}:{server.port}; "
             f"metrics on http://{config.host}:{server.metrics_port}/metrics",
@@ -498,6 +502,24 @@ def _settings(arguments: argparse.Namespace, config: type[Any]) -> dict[str, Any
     return {name: getattr(arguments, name) for name in names}
 
 
+# keys
+
+
+def _add_keys(commands: Commands) -> None:
+    parser = commands.add_parser("keys", help="make an API key for the file of `serve --api-keys`")
+    parser.add_argument("tenant", help="whom the key names")
+    parser.set_defaults(run=_keys)
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from .rpc.tenants import hash_key, new_key
+
+    key = new_key()
+    print(f"# The key, shown this once: {key}")
+    print(f'[tenants.{json.dumps(arguments.tenant)}]\nkeys = ["{hash_key(key)}"]')
+    return 0
+
+
 # generate and chat
 
 
@@ -521,7 +543,14 @@ def _add_chat(commands: Commands) -> None:
 def _add_client_options(parser: argparse.ArgumentParser) -> None:
     from .client import DEFAULT_ADDRESS
 
-    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server")
+    parser.add_argument(
+        "--address",
+        default=DEFAULT_ADDRESS,
+        help=f"of the server; the variable {API_KEY_VARIABLE} holds the key where it needs one",
+    )
+    parser.add_argument(
+        "--tls-ca", type=Path, metavar="FILE", help="use TLS, with the authority in this PEM file"
+    )
     options: dict[str, Any] = {"default": argparse.SUPPRESS}  # absent: the server's own default
     parser.add_argument("--temperature", type=float, help="0 is greedy", **options)
     parser.add_argument("--top-k", type=int, help="keep the K most likely tokens", **options)
@@ -575,17 +604,26 @@ def _generate(arguments: argparse.Namespace) -> int:
     from . import terminal
 
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    terminal.generate(
-        arguments.address, text, as_chat=arguments.chat, **_given(arguments, SAMPLING_OPTIONS)
-    )
+    with _client(arguments) as client:
+        terminal.generate(
+            client, text, as_chat=arguments.chat, **_given(arguments, SAMPLING_OPTIONS)
+        )
     return 0
 
 
 def _chat(arguments: argparse.Namespace) -> int:
     from . import terminal
 
-    terminal.chat(arguments.address, arguments.system, **_given(arguments, SAMPLING_OPTIONS))
+    with _client(arguments) as client:
+        terminal.chat(client, arguments.system, **_given(arguments, SAMPLING_OPTIONS))
     return 0
+
+
+def _client(arguments: argparse.Namespace) -> Any:
+    from .client import Client, Tls
+
+    tls = Tls(root_certificates=arguments.tls_ca.read_bytes()) if arguments.tls_ca else None
+    return Client(arguments.address, api_key=os.environ.get(API_KEY_VARIABLE), tls=tls)
 
 
 def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:

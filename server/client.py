@@ -200,6 +200,7 @@ class Client:
         max_attempts: int = 3,
     ) -> None:
         """`max_attempts` counts the first one: 1 never retries."""
+        self.address = address
         options = _channel_options(tls, max_attempts)
         self._channel = (
             grpc.insecure_channel(address, options=options)
@@ -297,6 +298,7 @@ class AsyncClient:
         max_attempts: int = 3,
     ) -> None:
         """`max_attempts` counts the first one: 1 never retries."""
+        self.address = address
         options = _channel_options(tls, max_attempts)
         self._channel = (
             grpc.aio.insecure_channel(address, options=options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,7 +102,7 @@ class EngineConfig:
 class ServerConfig:
     """How the server listens, what it accepts and how it ends."""
 
-    host: str = _setting("127.0.0.1", "address to listen on")
+    host: str = _setting("127.0.0.1", "address to listen on, or unix:PATH")
     port: int = _setting(50051, "of the gRPC services; 0 picks a free one")
     model_name: str = _setting("", "what the model is called; by default its folder's name")
     metrics_port: int = _setting(9464, "of the Prometheus metrics; 0 picks a free one")
@@ -116,23 +117,106 @@ class ServerConfig:
     drain_grace_seconds: float = _setting(
         30.0, "how long running requests may go on after SIGTERM or Ctrl-C"
     )
+    drain_pause_seconds: float = _setting(
+        0.0,
+        "how long requests are still taken after NOT_SERVING was reported on SIGTERM, for load "
+        "balancers to notice",
+    )
+    allow_insecure: bool = _setting(
+        False, "listen beyond this machine without TLS, or without API keys or client certificates"
+    )
+    tls_certificate: str = _setting("", "PEM file with the server's chain; read again on change")
+    tls_key: str = _setting("", "PEM file with its private key; read again on change")
+    tls_client_ca: str = _setting("", "PEM file; callers then need a certificate that it signed")
+    api_keys: str = _setting(
+        "",
+        "TOML file of tenants with their keys and limits; callers then need a key; read again "
+        "on change",
+    )
+    health_needs_key: bool = _setting(False, "health checks need a key, too, where there are keys")
+    reflection: bool = _setting(True, "describe the services to clients that have no proto file")
+    control_host: str = _setting(
+        "",
+        "where ControlService listens instead, without keys or TLS: unix:PATH or an address of "
+        "this machine",
+    )
+    control_port: int = _setting(0, "of control_host; 0 picks a free one")
+    max_concurrent_streams: int = _setting(1024, "calls of one connection; more wait at the client")
+    max_connection_age_seconds: float = _setting(
+        0.0, "connections are renewed then, for load balancing; 0 keeps them"
+    )
+    max_connection_age_grace_seconds: float = _setting(
+        600.0, "how long the calls of an aged connection may go on"
+    )
+    keepalive_seconds: float = _setting(60.0, "between pings to a silent client")
+    keepalive_timeout_seconds: float = _setting(20.0, "for its answer; then it is gone")
+    handshake_timeout_seconds: float = _setting(10.0, "for TLS and HTTP/2 to be set up")
+    compression: str = _setting("none", "of replies", choices=("none", "gzip"))
+    reuse_port: bool = _setting(False, "let other servers listen on the same port")
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        for name in ("port", "metrics_port"):
+        for name in ("port", "metrics_port", "control_port"):
             value = getattr(self, name)
             if not 0 <= value < 1 << 16:
                 raise InvalidConfig(f"{name} is {value}; it must lie in [0, 65535]")
-        for name in ("max_message_bytes", "max_send_message_bytes", "max_buffered_tokens"):
+        for name in (
+            "max_message_bytes",
+            "max_send_message_bytes",
+            "max_buffered_tokens",
+            "max_concurrent_streams",
+        ):
             _require_positive(name, getattr(self, name))
-        if not self.stall_timeout_seconds > 0:
+        for name in (
+            "stall_timeout_seconds",
+            "keepalive_seconds",
+            "keepalive_timeout_seconds",
+            "handshake_timeout_seconds",
+        ):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidConfig(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in (
+            "drain_grace_seconds",
+            "drain_pause_seconds",
+            "max_connection_age_seconds",
+            "max_connection_age_grace_seconds",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidConfig(f"{name} is {getattr(self, name)}; it must not be negative")
+        self._check_security()
+
+    def _check_security(self) -> None:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise InvalidConfig("tls_certificate and tls_key must be set together")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise InvalidConfig("tls_client_ca is set; it needs tls_certificate and tls_key")
+        if self.control_host and not is_local(self.control_host):
             raise InvalidConfig(
-                f"stall_timeout_seconds is {self.stall_timeout_seconds}; it must be positive"
+                f"control_host is {self.control_host!r}; it must be an address of this machine "
+                "alone, or unix:PATH"
             )
-        if self.drain_grace_seconds < 0:
+        if is_local(self.host) or self.allow_insecure:
+            return
+        missing = []
+        if not self.tls_certificate:
+            missing.append("TLS (tls_certificate, tls_key)")
+        if not self.api_keys and not self.tls_client_ca:
+            missing.append("callers' keys or certificates (api_keys or tls_client_ca)")
+        if missing:
             raise InvalidConfig(
-                f"drain_grace_seconds is {self.drain_grace_seconds}; it must not be negative"
+                f"host is {self.host!r}, which others can reach, without {' and '.join(missing)}; "
+                "set them, listen on 127.0.0.1, or set allow_insecure"
             )
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches a server that listens there."""
+    if host.startswith("unix:") or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _require_positive(name: str, value: int) -> None:

@@ -16,28 +16,26 @@ class CallFailed(LowbitError):
 
 
 def generate(
-    address: str, text: str, *, as_chat: bool = False, **sampling: Unpack[SamplingOptions]
+    client: Client, text: str, *, as_chat: bool = False, **sampling: Unpack[SamplingOptions]
 ) -> None:
     """Print the completion of a text, or the answer to it. Raises CallFailed."""
     prompt = [ChatMessage(role="user", content=text)] if as_chat else text
-    with Client(address) as client:
-        _print_stream(client, address, prompt, sampling)
+    _print_stream(client, prompt, sampling)
 
 
-def chat(address: str, system: str | None, **sampling: Unpack[SamplingOptions]) -> None:
+def chat(client: Client, system: str | None, **sampling: Unpack[SamplingOptions]) -> None:
     """Ask, answer, until Ctrl-D. Ctrl-C ends an answer, or the conversation. Raises CallFailed."""
     messages = [ChatMessage(role="system", content=system)] if system else []
-    with Client(address) as client:
-        while (line := _ask()) is not None:
-            if not line.strip():
-                continue
-            asked = [*messages, ChatMessage(role="user", content=line)]
-            try:
-                answer = _print_stream(client, address, asked, sampling)
-            except KeyboardInterrupt:
-                print(" [stopped]")
-                continue
-            messages = [*asked, ChatMessage(role="assistant", content=answer)]
+    while (line := _ask()) is not None:
+        if not line.strip():
+            continue
+        asked = [*messages, ChatMessage(role="user", content=line)]
+        try:
+            answer = _print_stream(client, asked, sampling)
+        except KeyboardInterrupt:
+            print(" [stopped]")
+            continue
+        messages = [*asked, ChatMessage(role="assistant", content=answer)]
 
 
 def _ask() -> str | None:
@@ -48,7 +46,7 @@ def _ask() -> str | None:
         return None
 
 
-def _print_stream(client: Client, address: str, prompt: Prompt, sampling: SamplingOptions) -> str:
+def _print_stream(client: Client, prompt: Prompt, sampling: SamplingOptions) -> str:
     parts: list[str] = []
     try:
         with closing(client.stream(prompt, **sampling)) as deltas:
@@ -56,6 +54,6 @@ def _print_stream(client: Client, address: str, prompt: Prompt, sampling: Sampli
                 parts.append(delta.text)
                 print(delta.text, end="", flush=True)
     except RpcError as error:
-        raise CallFailed(f"{address}: {error.code().name}: {error.details()}") from error
+        raise CallFailed(f"{client.address}: {error.code().name}: {error.details()}") from error
     print()
     return "".join(parts)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from lowbit.server.cli import main
+from lowbit.server.rpc.tenants import KeyRing
 from tiny import TinyModel
 
 LOWBIT = str(Path(sysconfig.get_path("scripts")) / "lowbit")
@@ -83,3 +84,12 @@ def test_quantize_settings_are_checked_before_the_source(
 
 def test_no_server_to_talk_to() -> None:
     assert "127.0.0.1:1" in refusal("generate", "hello", "--address", "127.0.0.1:1")
+
+
+def test_a_key_and_its_paragraph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "acme & sons"]) == 0
+    printed = capsys.readouterr().out
+    key = printed.splitlines()[0].split()[-1]
+    (tmp_path / "keys.toml").write_text(printed)
+    ring = KeyRing(tmp_path / "keys.toml")
+    assert ring.tenant_of([("authorization", f"Bearer {key}")]).name == "acme & sons"

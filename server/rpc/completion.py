@@ -108,8 +108,12 @@ class Completion:
         self._observer = observer
         self._end_sample = end_sample
         self._prompt = self._echo() if echo else None
-        self._num_completion_tokens = 0
+        self.num_completion_tokens = 0
         self._num_cached_tokens = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._prompt_token_ids)
 
     def add(self, output: TokenOutput) -> None:
         """Take a token in. Raises EngineFailed, DeadlineExceeded or QueueTimeout."""
@@ -119,7 +123,7 @@ class Completion:
         if choice.finish_reason is not None:
             return  # a stop string ended it; this was made before the engine knew
         self._observer.token()
-        self._num_completion_tokens += 1
+        self.num_completion_tokens += 1
         self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
         self.num_pending_tokens += 1
         if output.prompt_logprobs:
@@ -175,8 +179,8 @@ class Completion:
             self.end = _ENDS[last]
 
     def _add_costs(self, part: pb.GenerateResponse) -> None:
-        part.usage.prompt_tokens = len(self._prompt_token_ids)
-        part.usage.completion_tokens = self._num_completion_tokens
+        part.usage.prompt_tokens = self.num_prompt_tokens
+        part.usage.completion_tokens = self.num_completion_tokens
         part.usage.cached_tokens = self._num_cached_tokens
         part.timings.time_to_first_token_seconds = self._observer.time_to_first_token_seconds
         part.timings.duration_seconds = self._observer.duration_seconds

@@ -34,7 +34,7 @@ _ROLES: Final[dict[int, ChatRole]] = {
     pb.CHAT_ROLE_ASSISTANT: "assistant",
 }
 _SUPPORTED: Final = frozenset(field.name for field in fields(SamplingParams))
-_PRIORITIES: Final = {
+PRIORITIES: Final = {
     pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
     pb.PRIORITY_HIGH: Priority.HIGH,
     pb.PRIORITY_NORMAL: Priority.NORMAL,
@@ -89,11 +89,11 @@ def sampling_params_of(sampling: pb.SamplingParams) -> SamplingParams:
 
 def scheduling_params_of(request: pb.GenerateRequest, tenant: str = "") -> SchedulingParams:
     """What is set, the rest at its default. Raises InvalidRequest."""
-    if request.priority not in _PRIORITIES:
-        known = ", ".join(f"{number} ({each.name})" for number, each in _PRIORITIES.items())
+    if request.priority not in PRIORITIES:
+        known = ", ".join(f"{number} ({each.name})" for number, each in PRIORITIES.items())
         raise InvalidRequest(f"priority is {int(request.priority)}; it must be one of {known}")
     return SchedulingParams(
-        priority=_PRIORITIES[request.priority],
+        priority=PRIORITIES[request.priority],
         tenant=tenant,
         deadline_seconds=request.deadline_seconds if request.HasField("deadline_seconds") else None,
     )

@@ -7,27 +7,33 @@ import logging
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
 from typing import Final
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-from ..config import ServerConfig
+from ..config import ServerConfig, is_local
 from ..metrics import Metrics, MetricsServer, start_metrics_server
 from ..types import SamplingParams
 from . import control, generation, model
+from .admission import Admission
+from .auth import KeyInterceptor
 from .calls import Calls
 from .control import ControlServicer
 from .deployment import Deployment, Engine, Loaded
 from .generation import GenerationServicer
 from .health import HealthServicer
-from .listen import bind, server_options
+from .listen import UNIX_PREFIX, bind, compression, credentials, server_options
 from .model import ModelServicer
 from .reflection import add_reflection
+from .requests import RequestServer
+from .tenants import KeyRing
 
 logger = logging.getLogger(__name__)
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_LOOPBACK: Final = "127.0.0.1"
 _HEALTH_CHECK_SECONDS: Final = 1.0
 # For the statuses of requests that the engine has just ended to reach their callers.
 _GOODBYE_SECONDS: Final = 1.0
@@ -40,13 +46,16 @@ class GenerationServer:
     def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
         self.port = 0  # set by start
         self.metrics_port = 0  # set by start
+        self.control_port = 0  # set by start, where there is a control_host
         self._config = config
         self._metrics = metrics
         self._deployment = Deployment()
         self._calls = Calls(config.engine.max_num_seqs + config.engine.max_queued_requests)
         self._health = HealthServicer(("", *_SERVICES))
         self._hurry = asyncio.Event()
+        self._keys = KeyRing(Path(config.api_keys)) if config.api_keys else None
         self._grpc_server: grpc.aio.Server | None = None
+        self._control_server: grpc.aio.Server | None = None
         self._metrics_server: MetricsServer | None = None
         self._health_task: asyncio.Task[None] | None = None
 
@@ -57,11 +66,18 @@ class GenerationServer:
         """
         config = self._config
         self._grpc_server = self._create_grpc_server()
-        self.port = bind(self._grpc_server, config.host, config.port)
+        self.port = bind(self._grpc_server, config.host, config.port, credentials(config))
+        metrics_host = _LOOPBACK if config.host.startswith(UNIX_PREFIX) else config.host
         self._metrics_server = start_metrics_server(
-            config.host, config.metrics_port, self._metrics.registry
+            metrics_host, config.metrics_port, self._metrics.registry
         )
         self.metrics_port = self._metrics_server.port
+        if config.control_host:
+            self._control_server = self._create_control_server()
+            self.control_port = bind(
+                self._control_server, config.control_host, config.control_port, None
+            )
+            await self._control_server.start()
         await self._grpc_server.start()
 
     async def open(self, loaded: Loaded, *, warm_up: bool = False) -> None:
@@ -72,6 +88,12 @@ class GenerationServer:
         self._deployment.open(loaded)
         self._health.set_serving(True)
         self._health_task = asyncio.create_task(self._follow_engine_health(loaded.engine))
+
+    async def pause(self) -> None:
+        """Report NOT_SERVING, and take requests for as long as load balancers may need to see."""
+        self._report_not_serving()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), self._config.drain_pause_seconds)
 
     async def drain(self, grace_seconds: float | None = None) -> int:
         """Refuse new requests; return when the running ones are done or their grace is over.
@@ -105,24 +127,53 @@ class GenerationServer:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._calls.wait_idle(), _GOODBYE_SECONDS)
             await self._grpc_server.stop(None)
+        if self._control_server is not None:
+            await self._control_server.stop(None)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         logger.info("stopped")
 
     def _create_grpc_server(self) -> grpc.aio.Server:
         config, deployment, calls = self._config, self._deployment, self._calls
-        server = grpc.aio.server(options=server_options(config))
-        server.add_generic_rpc_handlers(
-            (
-                GenerationServicer(config, deployment, calls, self._metrics).handler(),
-                ModelServicer(config, deployment, calls).handler(),
-                ControlServicer(calls, self.drain).handler(),
-            )
+        server = grpc.aio.server(
+            interceptors=self._interceptors(),
+            options=server_options(config),
+            compression=compression(config),
         )
+        services = [generation.SERVICE_NAME, model.SERVICE_NAME]
+        requests = RequestServer(config, deployment, calls, self._metrics, Admission(self._keys))
+        handlers = [
+            GenerationServicer(deployment, requests).handler(),
+            ModelServicer(config, deployment, calls).handler(),
+        ]
+        if self._serves_control_here():
+            services.append(control.SERVICE_NAME)
+            handlers.append(ControlServicer(calls, self.drain).handler())
+        server.add_generic_rpc_handlers(handlers)
+        self._add_health(server, services)
+        return server
+
+    def _create_control_server(self) -> grpc.aio.Server:
+        server = grpc.aio.server(options=server_options(self._config))
+        server.add_generic_rpc_handlers((ControlServicer(self._calls, self.drain).handler(),))
+        self._add_health(server, [control.SERVICE_NAME])
+        return server
+
+    def _add_health(self, server: grpc.aio.Server, services: list[str]) -> None:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        add_reflection(server, (*_SERVICES, health_name))
-        return server
+        if self._config.reflection:
+            add_reflection(server, (*services, health_name))
+
+    def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
+        if self._keys is None:
+            return []
+        return [KeyInterceptor(self._keys, health_needs_key=self._config.health_needs_key)]
+
+    def _serves_control_here(self) -> bool:
+        """Not where strangers could reach it: it needs keys, or an address of this machine."""
+        config = self._config
+        return not config.control_host and (bool(config.api_keys) or is_local(config.host))
 
     async def _follow_engine_health(self, engine: Engine) -> None:
         while True:
@@ -170,6 +221,7 @@ async def serve(
             if on_started is not None:
                 on_started(server)
             await _stop_or_failure(stop_requested, engine)
+            await server.pause()
             logger.info("draining for at most %g seconds", config.drain_grace_seconds)
             await server.drain()
             return True

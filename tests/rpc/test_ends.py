@@ -228,5 +228,5 @@ async def test_no_other_process_can_share_the_port() -> None:
 
 async def test_a_host_that_is_not_this_machine_is_one_clear_error() -> None:
     with pytest.raises(CannotListen, match=r"cannot listen on 192\.0\.2\.1:0: Cannot assign"):
-        async with running(make_rig(config=replace(CONFIG, host="192.0.2.1"))):
+        async with running(make_rig(config=replace(CONFIG, host="192.0.2.1", allow_insecure=True))):
             pass
