@@ -115,9 +115,10 @@ class Sequence:
     def prompt_logprob_positions(self) -> range:
         """The scheduled tokens whose logits say how likely the prompt's next token was, if asked.
 
-        A prompt that is computed again after a preemption is not reported again.
+        A prompt that is computed again, after a preemption or for another sample, is not reported
+        again.
         """
-        if self.params.prompt_logprobs is None:
+        if self.params.prompt_logprobs is None or self.index > 0:
             return range(0)
         first = max(self.num_cached_tokens, len(self.prompt_logprobs))
         end = self.num_cached_tokens + self.num_scheduled_tokens
