@@ -86,8 +86,12 @@ def test_logits_agree_with_transformers(
     assert divergence <= 5e-3
 
 
-def completions(engine: LLMEngine, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
-    params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+
+
+def completions(
+    engine: LLMEngine, prompts: dict[str, list[int]], params: SamplingParams = GREEDY
+) -> dict[str, list[int]]:
     for request_id, prompt in prompts.items():
         engine.add(engine.new_sequence(request_id, prompt, params))
     received: dict[str, list[int]] = {request_id: [] for request_id in prompts}
@@ -115,6 +119,20 @@ def test_greedy_tokens_alone_in_a_crowd_and_after_preemption(
         alone = completions(build_engine(decoder, EngineConfig()), {request_id: prompt})
         assert crowd[request_id] == alone[request_id]
         assert starved[request_id] == alone[request_id]
+
+
+def test_seeded_tokens_alone_in_a_crowd_and_with_drafts(
+    real_checkpoint: Path, text_ids: list[int]
+) -> None:
+    decoder = load_decoder(real_checkpoint, CpuBackend("bfloat16"))
+    prompts = {f"r{i}": text_ids[i * 90 : i * 90 + 30 + 7 * i] for i in range(6)}
+    params = SamplingParams(temperature=0.9, seed=5, max_tokens=32, ignore_eos=True)
+    crowd = completions(build_engine(decoder, EngineConfig()), prompts, params)
+    drafted = completions(build_engine(decoder, EngineConfig(max_draft_tokens=8)), prompts, params)
+    assert drafted == crowd
+    for request_id, prompt in prompts.items():
+        alone = completions(build_engine(decoder, EngineConfig()), {request_id: prompt}, params)
+        assert crowd[request_id] == alone[request_id]
 
 
 def test_drafts_change_no_token_of_fifty_prompts(

@@ -186,3 +186,21 @@ def test_a_form_that_becomes_too_costly_fails_its_request_alone(tiny_model: Tiny
     assert outputs["1"][-1].finish_reason is FinishReason.ERROR
     assert outputs["1"][-1].error == "it is too costly to follow"
     assert len(outputs["1"]) <= 8
+
+
+def test_every_sample_follows_the_form_and_the_prompt_is_reported_once(
+    tiny_model: TinyModel,
+) -> None:
+    params = SamplingParams(regex="[a-z]{3,9}", n=4, seed=1, max_tokens=20, prompt_logprobs=0)
+    engine = make_engine(tiny_model, num_blocks=9)
+    constraint = TOKENIZER.constraint(params, engine.vocab_size, engine.eos_token_ids)
+    engine.add(engine.new_sequence("r", prompt(40, 3), params, constraint=constraint))
+    samples: list[list[TokenOutput]] = [[] for _ in range(4)]
+    while engine.has_work:
+        for output in engine.step():
+            samples[output.index].append(output)
+    texts = [text_of(outputs) for outputs in samples]
+    assert all(re.fullmatch("[a-z]{3,9}", text) for text in texts)
+    assert len(set(texts)) > 1
+    reported = [sum(len(output.prompt_logprobs) for output in outputs) for outputs in samples]
+    assert reported == [39, 0, 0, 0]
