@@ -61,6 +61,8 @@ class Metrics:
         self.preemptions.inc(stats.num_preemptions)
         self.prefix_cache_queries.inc(stats.num_prefix_queried_tokens)
         self.prefix_cache_hits.inc(stats.num_prefix_hit_tokens)
+        self.draft_tokens.inc(stats.num_draft_tokens)
+        self.accepted_draft_tokens.inc(stats.num_accepted_draft_tokens)
 
     def observe_request(self) -> RequestObserver:
         """A request has arrived: tell the observer of its tokens and its end."""
@@ -97,6 +99,14 @@ class Metrics:
         self.prefix_cache_hits = Counter(
             "lowbit_prefix_cache_hit_tokens_total",
             "Of the queried tokens, those that were found in the prefix cache.",
+            registry=registry,
+        )
+        self.draft_tokens = Counter(
+            "lowbit_draft_tokens_total", "Guessed tokens that were verified.", registry=registry
+        )
+        self.accepted_draft_tokens = Counter(
+            "lowbit_accepted_draft_tokens_total",
+            "Of the guessed tokens, those that stood.",
             registry=registry,
         )
 

@@ -325,6 +325,8 @@ class StepStats:
     num_preemptions: int
     num_prefix_queried_tokens: int = 0  # of the sequences admitted, to be computed or found
     num_prefix_hit_tokens: int = 0  # of them, found in the prefix cache
+    num_draft_tokens: int = 0  # guessed, and verified by the step
+    num_accepted_draft_tokens: int = 0  # of them, those that stood
 
 
 _STRUCTURED: Final = ("json_schema", "regex", "grammar", "choice")

@@ -18,6 +18,8 @@ STEP = StepStats(
     num_prompt_tokens=10,
     num_generation_tokens=3,
     num_preemptions=1,
+    num_draft_tokens=8,
+    num_accepted_draft_tokens=5,
 )
 
 
@@ -54,6 +56,8 @@ def test_gauges_show_the_last_step_and_counters_add_up(metrics: Metrics) -> None
     assert sample(metrics, "prompt_tokens_total") == 20
     assert sample(metrics, "generation_tokens_total") == 6
     assert sample(metrics, "preemptions_total") == 2
+    assert sample(metrics, "draft_tokens_total") == 16
+    assert sample(metrics, "accepted_draft_tokens_total") == 10
 
 
 def test_a_request_is_timed_by_its_tokens(metrics: Metrics, clock: Clock) -> None:

@@ -143,7 +143,8 @@ class LLMEngine:
         self.current_step = None
         self._num_failed_steps = 0
         news = self.scheduler.update(output, results)
-        self.last_step = self._stats(output, sum(finished_prompts), len(news))
+        num_accepted = sum(len(result.tokens) - 1 for result in results if result.tokens)
+        self.last_step = self._stats(output, sum(finished_prompts), len(news), num_accepted)
         return output.ended + news
 
     def _fail(self, output: SchedulerOutput, error: Exception) -> list[TokenOutput]:
@@ -161,6 +162,7 @@ class LLMEngine:
         output: SchedulerOutput | None = None,
         num_prompt_tokens: int = 0,
         num_generation_tokens: int = 0,
+        num_accepted_draft_tokens: int = 0,
     ) -> StepStats:
         """Before the first step, and after an abort, there is no `output`."""
         return StepStats(
@@ -172,6 +174,8 @@ class LLMEngine:
             num_preemptions=output.num_preemptions if output else 0,
             num_prefix_queried_tokens=output.num_prefix_queried_tokens if output else 0,
             num_prefix_hit_tokens=output.num_prefix_hit_tokens if output else 0,
+            num_draft_tokens=output.num_draft_tokens if output else 0,
+            num_accepted_draft_tokens=num_accepted_draft_tokens,
         )
 
     def _check_token_ids(self, field: str, token_ids: SequenceOf[int]) -> None:

@@ -19,7 +19,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from ..types import ConstraintFailed, InvalidRequest, SamplingParams, TokenConstraint
 
-_MAX_CACHED = 64  # compiled forms; each may hold max_lexer_states of 1 to 2 kB
+_MAX_CACHED = 16  # compiled forms; each may hold 20,000 lexer states of 1 to 2 kB
 _MAX_ERROR_CHARACTERS = 300
 # A multipleOf becomes an automaton with a state for every remainder, which no counter stops:
 # 1,000,003 takes 9 s and 360 MB. Those that come together at one number multiply.

@@ -158,6 +158,20 @@ def test_a_model_that_repeats_itself_needs_fewer_steps(tiny_model: TinyModel) ->
     assert num_steps_with < num_steps / 3
 
 
+def test_drafts_are_counted(tiny_model: TinyModel) -> None:
+    engine = make_engine(tiny_model, max_draft_tokens=8)
+    params = SamplingParams(temperature=0, max_tokens=50, logit_bias={65: 100.0}, ignore_eos=True)
+    engine.add(engine.new_sequence("r", prompt(20, 1), params))
+    num_steps = num_drafts = num_accepted = 0
+    while engine.has_work:
+        engine.step()
+        num_steps += 1
+        num_drafts += engine.last_step.num_draft_tokens
+        num_accepted += engine.last_step.num_accepted_draft_tokens
+    assert num_accepted == 50 - num_steps
+    assert num_drafts >= num_accepted > 20
+
+
 def test_a_limit_out_of_range_is_refused() -> None:
     with pytest.raises(InvalidConfig, match=r"max_draft_tokens is 33; it must lie in \[0, 32\]"):
         EngineConfig(max_draft_tokens=33)
