@@ -288,7 +288,7 @@ class TokenLogprob:
 DEFAULT_SCHEDULING = SchedulingParams()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class TokenOutput:
     """One token of one sample; the sample's last one carries a finish reason.
 

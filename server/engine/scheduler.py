@@ -23,8 +23,10 @@ from typing import Protocol
 from ..types import FinishReason, QueueFull, TokenOutput
 from .block_manager import BlockManager, NoFreeBlocks
 from .pacing import PrefillPacer
-from .sequence import SampledToken, Sequence, SequenceResult, SequenceStatus
+from .sequence import Account, SampledToken, Sequence, SequenceResult, SequenceStatus
 from .waiting_queue import WaitingQueue
+
+_RESERVED = 8  # one in so many places is for tenants below their fair share
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +157,10 @@ class Scheduler:
             budget -= num_draft_tokens
         if self.pacer is not None and num_decodes > 0 and (self._prefilling or self.waiting):
             budget = min(budget, self.pacer.max_prefill_tokens(num_decodes))
-        for sequence in self._prefill_order():
-            if budget > 0:
-                budget -= _schedule_chunk(sequence, budget, scheduled)
         admitted: list[Sequence] = []
-        if num_preemptions == 0:
-            num_preemptions = self._admit(budget, scheduled, admitted)
+        num_preemptions += self._schedule_prompts(
+            budget, scheduled, admitted, may_admit=num_preemptions == 0
+        )
         if num_preemptions > 0:
             scheduled = [each for each in scheduled if each.status is SequenceStatus.RUNNING]
             num_decodes = sum(each in self._decoding for each in scheduled)
@@ -188,6 +188,9 @@ class Scheduler:
         news: list[TokenOutput] = []
         for sequence in output.sequences:
             drafts = sequence.draft_token_ids
+            if sequence.num_preemptions == 0 and sequence.num_completion_tokens == 0:
+                # Nobody pays for what was computed again because of a preemption.
+                sequence.account.service += sequence.num_scheduled_tokens / sequence.weight
             num_cached = sequence.num_cached_tokens + sequence.num_scheduled_tokens - len(drafts)
             sequence.num_cached_tokens = num_cached
             sequence.num_scheduled_tokens = 0
@@ -272,31 +275,85 @@ class Scheduler:
 
     # Prompts
 
-    def _prefill_order(self) -> list[Sequence]:
-        if len(self._prefilling) < 2:
-            return list(self._prefilling)
-        return sorted(self._prefilling, key=_share)
-
-    def _admit(self, budget: int, scheduled: list[Sequence], admitted: list[Sequence]) -> int:
-        """Start those who wait while there is room; returns the number of preemptions."""
-        num_preemptions = 0
-        while budget > 0 and (sequence := self.waiting.first()) is not None:
-            if num_preemptions > 0 and sequence.priority > admitted[-1].priority:
-                break  # those preempted just now are among them
-            if not self._has_room(sequence):
-                num_victims = self._preempt_lower_classes(sequence)
-                num_preemptions += num_victims
-                if num_victims == 0 or not self._has_room(sequence):
+    def _schedule_prompts(
+        self,
+        budget: int,
+        scheduled: list[Sequence],
+        admitted: list[Sequence],
+        *,
+        may_admit: bool,
+    ) -> int:
+        """Chunks of running and waiting prompts, by share; returns the number of preemptions."""
+        preempted: list[Sequence] = []
+        prefilling = sorted(self._prefilling, key=_share, reverse=True)
+        while budget > 0:
+            first = self.waiting.first() if may_admit else None
+            if first is None or (prefilling and _share(prefilling[-1]) < _share(first)):
+                if not prefilling:
                     break
-            self._start(sequence)
-            admitted.append(sequence)
+                sequence = prefilling.pop()
+                if sequence.status is not SequenceStatus.RUNNING:
+                    continue  # gave way to one admitted just now
+            elif first in preempted or not self._make_place(first, preempted):
+                may_admit = False
+                continue
+            else:
+                sequence = first
+                self._start(sequence)
+                admitted.append(sequence)
             budget -= _schedule_chunk(sequence, budget, scheduled)
-        return num_preemptions
+        return len(preempted)
+
+    def _make_place(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
+        """Whether the sequence can start; may preempt others for it."""
+        if self._has_room(sequence):
+            return True
+        victims = self._victims(sequence)
+        obtainable = sum(len(each.block_table) for each in victims)
+        wanted = self.block_manager.blocks_for(sequence.num_tokens)
+        if wanted > self.block_manager.num_free_blocks + obtainable:
+            return False
+        while victims and not self._has_room(sequence):
+            preempted.append(victims.pop())
+            self._preempt(preempted[-1])
+        return self._has_room(sequence)
+
+    def _victims(self, sequence: Sequence) -> list[Sequence]:
+        """Who may have to give way to it, the last one first of all: lower classes, and if its
+        tenant lacks its fair share of the places, what others have beyond theirs."""
+        victims = []
+        if self.waiting.has_running_below(sequence.priority):
+            victims = [each for each in self._running() if each.priority > sequence.priority]
+        if sequence.account.num_running + 1 <= self._fair_places(sequence):
+            peers = [each for each in self._running() if each.priority == sequence.priority]
+            victims += self._beyond_their_share(peers)
+        return sorted(victims, key=_order)
+
+    def _beyond_their_share(self, peers: list[Sequence]) -> list[Sequence]:
+        excess: dict[Account, int] = {}
+        beyond = []
+        for each in sorted(peers, key=_order, reverse=True):
+            left = excess.get(each.account)
+            if left is None:
+                left = int(each.account.num_running - self._fair_places(each))
+            if left > 0:
+                beyond.append(each)
+            excess[each.account] = left - 1
+        return beyond
+
+    def _fair_places(self, sequence: Sequence) -> float:
+        return self.waiting.fair_share(sequence, self.max_num_seqs)
 
     def _has_room(self, sequence: Sequence) -> bool:
-        if self.num_running >= self.max_num_seqs:
+        if self.num_running >= self._max_running(sequence):
             return False
         return self.block_manager.can_admit(sequence, self._num_spare_blocks(sequence))
+
+    def _max_running(self, sequence: Sequence) -> int:
+        """Who has its fair share of the places leaves some for those who have not."""
+        if sequence.account.num_running < self._fair_places(sequence):
+            return self.max_num_seqs
+        return self.max_num_seqs - self.max_num_seqs // _RESERVED
 
     def _num_spare_blocks(self, sequence: Sequence) -> int:
         """What the running ones may need before its prompt is done and it has decoded a while."""
@@ -305,21 +362,6 @@ class Scheduler:
         prefill_budget = max(1, self.max_num_batched_tokens - self.num_running)
         num_steps = -(-sequence.num_tokens // prefill_budget)
         return (self.num_running + 1) * self.block_manager.blocks_for(num_steps)
-
-    def _preempt_lower_classes(self, sequence: Sequence) -> int:
-        """Make room for it at the cost of strictly lower classes, if that can be enough."""
-        lower = sorted(
-            (each for each in self._running() if each.priority > sequence.priority), key=_order
-        )
-        obtainable = sum(len(each.block_table) for each in lower)
-        wanted = self.block_manager.blocks_for(sequence.num_tokens)
-        if not lower or wanted > self.block_manager.num_free_blocks + obtainable:
-            return 0
-        num_preemptions = 0
-        while lower and not self._has_room(sequence):
-            self._preempt(lower.pop())
-            num_preemptions += 1
-        return num_preemptions
 
     def _start(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
@@ -330,7 +372,7 @@ class Scheduler:
         if not sequence.was_admitted:
             sequence.was_admitted = True
             sequence.num_hit_tokens = sequence.num_cached_tokens
-            sequence.account.service += sequence.num_uncached_tokens / sequence.weight
+        sequence.account.num_running += 1
         self._prefilling[sequence] = None
 
     # Ends and returns
@@ -409,6 +451,7 @@ class Scheduler:
             sibling.status = SequenceStatus.RUNNING
             sibling.was_admitted = True
             self.block_manager.fork(leader, sibling)
+            sibling.account.num_running += 1
             self._decoding[sibling] = None
 
     def _fail(self, sequence: Sequence, error: str, news: list[TokenOutput]) -> None:
@@ -473,6 +516,7 @@ class Scheduler:
             del self._decoding[sequence]
         else:
             del self._prefilling[sequence]
+        sequence.account.num_running -= 1
         sequence.num_scheduled_tokens = 0
         sequence.draft_token_ids = []
 

@@ -37,8 +37,10 @@ class SequenceResult:
 class Account:
     """What one tenant has been served in one priority class, in tokens over its weight."""
 
+    weight: float = 1.0
     service: float = 0.0
     num_sequences: int = 0  # alive: waiting or running
+    num_running: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -2,7 +2,8 @@
 
 What a tenant was served is counted in tokens over its weight (Sheng et al. 2024, "Fairness in
 serving large language models": virtual token counters). A tenant that comes back from idleness
-starts level with the least served of those that are active, so idleness earns nothing.
+starts at most a burst ahead of the least served of those that are active: idleness earns that
+much and no more.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ..types import Priority
 from .sequence import Account, Sequence
 
 _ARRIVAL = attrgetter("arrival")
+_BURST_TOKENS = 2048
 _MAX_IDLE_ACCOUNTS = 1024  # in a class; the least served of more are forgotten, which costs nothing
 
 
@@ -23,11 +25,12 @@ class _PriorityClass:
         self.accounts: dict[str, Account] = {}
         self.queues: dict[str, list[Sequence]] = {}  # by tenant, oldest first
 
-    def open_account(self, tenant: str) -> Account:
+    def open_account(self, tenant: str, weight: float) -> Account:
         account = self.accounts.setdefault(tenant, Account())
         if account.num_sequences == 0:
             active = [each.service for each in self.accounts.values() if each.num_sequences > 0]
-            account.service = max(account.service, min(active, default=0.0))
+            account.service = max(account.service, min(active, default=0.0) - _BURST_TOKENS)
+        account.weight = weight
         account.num_sequences += 1
         return account
 
@@ -64,10 +67,32 @@ class WaitingQueue:
 
     def open_account(self, sequence: Sequence) -> None:
         """Count the sequence among its tenant's, until `close_account`."""
-        sequence.account = self._classes[sequence.priority].open_account(sequence.tenant)
+        tenants = self._classes[sequence.priority]
+        sequence.account = tenants.open_account(sequence.tenant, sequence.weight)
 
     def close_account(self, sequence: Sequence) -> None:
         self._classes[sequence.priority].close_account(sequence.account)
+
+    def fair_share(self, sequence: Sequence, total: int) -> float:
+        """What of `total` is due to its tenant: all of it where no other was seen lately.
+
+        Where all others are idle it is half, so that one that returns finds a place.
+        """
+        accounts = self._classes[sequence.priority].accounts
+        if len(accounts) < 2:
+            return total
+        active = [each.weight for each in accounts.values() if each.num_sequences > 0]
+        share = 0.5 if len(active) == 1 else sequence.account.weight / sum(active)
+        return max(1.0, total * share)
+
+    def has_running_below(self, priority: Priority) -> bool:
+        """Whether a lower class runs."""
+        return any(
+            account.num_running > 0
+            for each in Priority
+            if each > priority
+            for account in self._classes[each].accounts.values()
+        )
 
     def push(self, sequence: Sequence) -> None:
         queue = self._classes[sequence.priority].queues.setdefault(sequence.tenant, [])

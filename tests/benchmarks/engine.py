@@ -1,0 +1,199 @@
+"""The engine under pressure with a real model: long prompts beside streams, and the prefix cache.
+
+    python tests/benchmarks/engine.py CHECKPOINT [--only itl|chat|cold]
+
+itl:  8 streams decode; a prompt of 6,000 tokens arrives. Inter-token latencies of the streams
+      before it and while it is computed, with and without --max-itl-stretch.
+chat: five turns of a conversation, each prompt holding all before it. TTFT of each turn with and
+      without the prefix cache.
+cold: prompts that have nothing in common. Throughput with and without the prefix cache, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from lowbit.kernels.interface import load_backend
+from lowbit.server.config import EngineConfig
+from lowbit.server.engine.build import build_engine
+from lowbit.server.engine.engine import LLMEngine
+from lowbit.server.model.decoder import Decoder
+from lowbit.server.model.loader import load_decoder
+from lowbit.server.types import SamplingParams
+
+NUM_STREAMS = 8
+STREAM_PROMPT_TOKENS = 64
+LONG_PROMPT_TOKENS = 6000
+NUM_TURNS = 5
+TURN_TOKENS = 300  # of a question
+ANSWER_TOKENS = 40
+Figures = dict[str, float]
+
+
+def make_engine(decoder: Decoder, **settings: object) -> LLMEngine:
+    return build_engine(decoder, EngineConfig(**settings))  # type: ignore[arg-type]
+
+
+def random_prompt(decoder: Decoder, length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(100, decoder.config.vocab_size) for _ in range(length)]
+
+
+def add(engine: LLMEngine, request_id: str, prompt: list[int], max_tokens: int) -> None:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    engine.add(engine.new_sequence(request_id, prompt, params))
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+# itl
+
+
+def itl(decoder: Decoder) -> Figures:
+    figures: Figures = {}
+    print(f"\n{NUM_STREAMS} streams, then a prompt of {LONG_PROMPT_TOKENS} tokens; ms")
+    print(
+        "max_itl_stretch | alone p50, p99 | beside the prompt p50, p99 | p99 ratio | prompt's TTFT"
+    )
+    for stretch in (0.0, EngineConfig().max_itl_stretch):
+        alone, beside, ttft = inter_token_latencies(decoder, stretch)
+        ratio = percentile(beside, 0.99) / percentile(alone, 0.99)
+        print(
+            f"{stretch:15} | {median(alone) * 1e3:6.1f} {percentile(alone, 0.99) * 1e3:7.1f} | "
+            f"{median(beside) * 1e3:12.1f} {percentile(beside, 0.99) * 1e3:13.1f} | {ratio:9.2f} | "
+            f"{ttft:.1f} s"
+        )
+        figures |= {f"itl_p99_ratio_stretch_{stretch:g}": ratio, f"ttft_{stretch:g}_s": ttft}
+    return figures
+
+
+def inter_token_latencies(
+    decoder: Decoder, stretch: float
+) -> tuple[list[float], list[float], float]:
+    """(without the long prompt, while it is computed, the long prompt's TTFT), in seconds."""
+    engine = make_engine(decoder, max_itl_stretch=stretch)
+    for i in range(NUM_STREAMS):
+        add(engine, f"s{i}", random_prompt(decoder, STREAM_PROMPT_TOKENS, i), 1500)
+    run_steps(engine, 20)
+    alone = run_steps(engine, 200)
+    add(engine, "long", random_prompt(decoder, LONG_PROMPT_TOKENS, 99), 4)
+    began = time.perf_counter()
+    beside = run_until(engine, lambda output: output.request_id == "long")
+    return alone, beside, time.perf_counter() - began
+
+
+def run_steps(engine: LLMEngine, num_steps: int) -> list[float]:
+    seconds = []
+    for _ in range(num_steps):
+        began = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def run_until(engine: LLMEngine, is_last: Callable[..., bool]) -> list[float]:
+    seconds = []
+    while True:
+        began = time.perf_counter()
+        outputs = engine.step()
+        seconds.append(time.perf_counter() - began)
+        if any(is_last(output) for output in outputs):
+            return seconds
+
+
+# chat
+
+
+def chat(decoder: Decoder) -> Figures:
+    without, with_cache = (turn_ttfts(decoder, prefix_cache) for prefix_cache in (False, True))
+    print(f"\nchat of {NUM_TURNS} turns, {TURN_TOKENS} + {ANSWER_TOKENS} tokens each; TTFT in ms")
+    print("turn | without | with the prefix cache | ratio")
+    for turn, (slow, fast) in enumerate(zip(without, with_cache, strict=True), 1):
+        print(f"{turn:4} | {slow * 1e3:7.0f} | {fast * 1e3:21.0f} | {fast / slow:.2f}")
+    return {"chat_turn_5_ttft_ratio": with_cache[-1] / without[-1]}
+
+
+def turn_ttfts(decoder: Decoder, prefix_cache: bool) -> list[float]:
+    engine = make_engine(decoder, prefix_cache=prefix_cache)
+    conversation: list[int] = []
+    seconds = []
+    for turn in range(NUM_TURNS):
+        conversation += random_prompt(decoder, TURN_TOKENS, turn)
+        add(engine, f"t{turn}", conversation, ANSWER_TOKENS)
+        began = time.perf_counter()
+        first = run_first(engine)
+        seconds.append(time.perf_counter() - began)
+        conversation = [*conversation, first, *run_rest(engine)]
+    return seconds
+
+
+def run_first(engine: LLMEngine) -> int:
+    while True:
+        for output in engine.step():
+            assert output.token_id is not None
+            return output.token_id
+
+
+def run_rest(engine: LLMEngine) -> list[int]:
+    tokens = []
+    while engine.has_work:
+        tokens += [output.token_id for output in engine.step() if output.token_id is not None]
+    return tokens
+
+
+# cold
+
+
+def cold(decoder: Decoder) -> Figures:
+    """Rounds of both, one after the other, so that a slow spell of the machine meets both."""
+    speeds: dict[bool, list[float]] = {False: [], True: []}
+    for round_number in range(5):
+        for prefix_cache in (False, True):
+            speeds[prefix_cache].append(tokens_per_second(decoder, prefix_cache, round_number))
+    ratio = median(on / off for off, on in zip(speeds[False], speeds[True], strict=True))
+    print("\n16 prompts of 128 tokens with nothing in common, 16 tokens each; tokens/s, 5 rounds")
+    for prefix_cache, values in speeds.items():
+        name = "with   " if prefix_cache else "without"
+        print(f"{name} | {', '.join(f'{value:.0f}' for value in values)}")
+    print(f"median of the rounds' ratios: {ratio:.3f}")
+    return {"cold_throughput_ratio": ratio}
+
+
+def tokens_per_second(decoder: Decoder, prefix_cache: bool, round_number: int) -> float:
+    engine = make_engine(decoder, prefix_cache=prefix_cache, max_itl_stretch=0.0)
+    for i in range(16):
+        add(engine, f"r{i}", random_prompt(decoder, 128, 1000 * round_number + i), 16)
+    began = time.perf_counter()
+    run_rest(engine)
+    return 16 * (128 + 16) / (time.perf_counter() - began)
+
+
+PARTS: dict[str, Callable[[Decoder], Figures]] = {"itl": itl, "chat": chat, "cold": cold}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--only", choices=PARTS)
+    arguments = parser.parse_args()
+    backend = load_backend("auto")
+    decoder = load_decoder(arguments.checkpoint, backend)
+    print(f"{backend.name}; torch {torch.__version__}; {arguments.checkpoint.name}")
+    figures: Figures = {}
+    for name, part in PARTS.items():
+        if arguments.only in (None, name):
+            figures |= part(decoder)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
