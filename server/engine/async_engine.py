@@ -142,8 +142,8 @@ class AsyncEngine:
         """
         self._draining = True
         self._stopped.set()
+        self._inbox.put(_Stop())
         if self._running is not None and self._failure is None:
-            self._inbox.put(_Stop())
             await asyncio.wrap_future(self._running)
         self._thread.shutdown(wait=False)
 

@@ -69,7 +69,8 @@ def test_a_flood_hardly_moves_another_tenants_ttft(
     alone, beside = Simulation(CONFIG), Simulation(CONFIG)
     alone.run(quiet)
     beside.run(quiet + flood, until=65.0)
-    assert sum(arrival.number not in beside.ttft for arrival in flood) > 300  # it did flood
+    waits = [beside.ttft.get(arrival.number, 60.0) for arrival in flood]
+    assert sum(wait > 5 for wait in waits) > 1000  # it did flood
     before, after = p95(ttfts(alone, quiet)), p95(ttfts(beside, quiet))
     print(f"p95 TTFT {before * 1e3:.0f} ms alone, {after * 1e3:.0f} ms beside the flood")
     assert after < 1.5 * before
