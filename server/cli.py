@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -58,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_bench(commands)
+    _add_tune(commands)
     for command in commands.choices.values():
         command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
         command.add_argument(
@@ -412,6 +415,73 @@ def _convert(arguments: argparse.Namespace) -> int:
         f"{done.written_format}, {done.num_other} tensors as they were, "
         f"{done.num_bytes / 1e6:.1f} MB"
     )
+    return 0
+
+
+# bench, tune
+
+
+def _add_bench(commands: Commands) -> None:
+    parser = commands.add_parser("bench", help="measure this machine: low-bit kernels on its GPU")
+    parser.add_argument("what", choices=("kernels",), help="linear layers beside cuBLAS")
+    parser.add_argument("--quick", action="store_true", help="two layers instead of fifteen")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import kernels, timing
+
+    device = timing.cuda_device()
+    facts = timing.device_facts(device)
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    shapes = kernels.QUICK_SHAPES if arguments.quick else kernels.SHAPES
+    for line in kernels.check(device, shapes[0]):
+        print(line, flush=True)
+    rates = kernels.measure_rates(device, timing.time_in_graph)
+    print(
+        f"copies {rates.bytes_per_second / 1e12:.2f} TB/s, "
+        f"fp16 products {rates.operations_per_second / 1e12:.0f} TFLOP/s; scales for "
+        f"{kernels.GROUP_SIZE} weights"
+    )
+    print(kernels.HEADING)
+    results = []
+    for result in kernels.measure(
+        device,
+        timing.time_in_graph,
+        functools.partial(timing.num_copies, device=device),
+        rates,
+        shapes,
+    ):
+        print(kernels.format_result(result), flush=True)
+        results.append(dataclasses.asdict(result))
+    figures = json.dumps({**facts, **dataclasses.asdict(rates), "results": results})
+    if arguments.json:
+        arguments.json.write_text(figures + "\n")
+    print(figures)
+    return 0
+
+
+def _add_tune(commands: Commands) -> None:
+    parser = commands.add_parser("tune", help="find the fastest tiles for this machine's GPU")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="instead of where the kernels look for them"
+    )
+    parser.set_defaults(run=_tune)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from ..kernels.triton_linear import tuning_of
+    from ..kernels.tuning import TUNED_FOLDER, save_tuning
+    from .bench import timing, tune
+
+    device = timing.cuda_device()
+    copies_of = functools.partial(timing.num_copies, device=device)
+    best = tuning_of(device)
+    for found, tuning in tune.Tuner(device, timing.time_in_graph, copies_of).run(best):
+        print(found, flush=True)
+        best = tuning
+    print(f"wrote {save_tuning(best, version('triton'), arguments.out or TUNED_FOLDER)}")
     return 0
 
 

@@ -50,6 +50,7 @@ ALLOWED = {
     },
     "server.client": {"proto", "server.types"},
     "server.terminal": {"server.client", "server.types"},
+    "server.bench": {"server.bench", "kernels"},
     "server.cli": {"server", "quant", "kernels"},
 }
 # Third-party package -> the only places that may import it.
@@ -60,7 +61,7 @@ OWNERS = {
     "grpc_health": ("server.rpc", "server.client"),
     "grpc_reflection": ("server.rpc",),
     "grpc_status": ("server.rpc", "server.client"),
-    "torch": ("kernels", "quant", "server.engine", "server.model"),
+    "torch": ("kernels", "quant", "server.bench", "server.engine", "server.model"),
     "transformers": ("quant", "server.text"),
     "llguidance": ("server.text",),
 }
