@@ -197,6 +197,11 @@ class KernelBackend(Protocol):
         return self.linear_residual(self.silu_mul(self.norm_linear(x, norm, eps, gate_up)), down, x)
 
 
+def _has_tensor_core_gpu() -> bool:
+    """Whether the triton backend can work: compute capability 8.0 or higher."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def load_backend(
     name: str, cpu_precision: str = "auto", kv_cache_dtype: str = "auto"
 ) -> KernelBackend:
@@ -209,7 +214,7 @@ def load_backend(
         raise BackendUnavailable(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
     chosen = name
     if name == "auto":
-        chosen = "triton" if torch.cuda.is_available() else "cpu"
+        chosen = "triton" if _has_tensor_core_gpu() else "cpu"
     # Imported by name so that a backend's own dependencies load only where it is used.
     module = importlib.import_module(f".{_MODULES.get(chosen, chosen)}", __package__)
     choices = {"cpu_precision": cpu_precision, "kv_cache_dtype": kv_cache_dtype}

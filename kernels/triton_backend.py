@@ -162,9 +162,17 @@ def _attend(q: Tensor, cache: KVCache, span: SequenceSpan, scale: float) -> Tens
 
 
 def create() -> TritonBackend:
-    """Raises BackendUnavailable where there is neither a CUDA device nor the interpreter."""
-    if torch.cuda.is_available():
-        return TritonBackend(torch.device("cuda", torch.cuda.current_device()))
-    if low_bit.interpreted:
-        return TritonBackend(torch.device("cpu"))
-    raise BackendUnavailable("backend is 'triton'; it needs a CUDA device, and PyTorch finds none")
+    """Raises BackendUnavailable where there is neither a GPU that will do nor the interpreter."""
+    if not torch.cuda.is_available():
+        if low_bit.interpreted:
+            return TritonBackend(torch.device("cpu"))
+        raise BackendUnavailable(
+            "backend is 'triton'; it needs a CUDA device, and PyTorch finds none"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise BackendUnavailable(
+            f"backend is 'triton'; it needs compute capability 8.0 or higher, and "
+            f"{torch.cuda.get_device_name()} has {major}.{minor}"
+        )
+    return TritonBackend(torch.device("cuda", torch.cuda.current_device()))

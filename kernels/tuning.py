@@ -55,13 +55,9 @@ class GpuTuning:
             return TileConfig(block_n=self.block_n // 2, num_warps=self.block_n // 32, num_stages=4)
         if rows == 16:
             return TileConfig(block_n=self.block_n, num_warps=4, num_stages=4)
-        return TileConfig(block_n=128, num_warps=8, num_stages=4 if rows <= 32 else 3)
-
-    def num_parts(self, in_features: int, out_features: int) -> int:
-        """Into how many parts K is cut, so that one wave of programs fills the GPU."""
-        tiles = -(-out_features // _PART_TILE)
-        blocks = -(-in_features // _PART_BLOCK)
-        return max(1, min(self.ctas_per_sm * self.num_sms // tiles, blocks // _MIN_PART_BLOCKS))
+        if rows == 32:  # 8 warps would dequantize every weight twice, but on sm_90
+            return TileConfig(block_n=self.block_n, num_warps=4, num_stages=3)
+        return TileConfig(block_n=128, num_warps=8, num_stages=3)
 
 
 def row_block(num_rows: int) -> int:

@@ -82,4 +82,5 @@ def _round_seconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
         graph.replay()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3

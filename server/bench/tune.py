@@ -99,9 +99,13 @@ class Tuner:
     def _best_tile(
         self, tuning: GpuTuning, layers: list[list[FragmentWeight]], bits: int, rows: int
     ) -> GpuTuning:
-        limits = {"gemv_max_rows": _EVERY_ROW if rows == 1 else 0, "gemm_max_rows": _EVERY_ROW}
         candidates = [
-            replace(tuning, **limits, tiles={**tuning.tiles, (bits, rows): tile})
+            replace(
+                tuning,
+                gemv_max_rows=_EVERY_ROW if rows == 1 else 0,
+                gemm_max_rows=_EVERY_ROW,
+                tiles={**tuning.tiles, (bits, rows): tile},
+            )
             for tile in tile_candidates(rows)
         ]
         return replace(tuning, tiles=self._fastest(candidates, layers, rows).tiles)

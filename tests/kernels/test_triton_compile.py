@@ -28,6 +28,8 @@ SHARED_BYTES = {
     120: 99 << 10,
 }
 TENSOR_CORE = {90: "HGMMA", 100: "UTCHMMA"}  # elsewhere HMMA
+# Where dequantized weights go from registers into the tensor core, by way of no memory.
+FROM_REGISTERS = (80, 86, 89, 90, 120)
 LOADS = ("LDGSTS.E.BYPASS.128", "LDGSTS.E.128", "LDG.E.128")
 
 
@@ -76,3 +78,5 @@ def test_kernels_compile_to_what_makes_them_fast(
             assert count(kernel, *LOADS) > 0, describe(kernel)
         if kernel["name"].startswith("gemm"):
             assert count(kernel, TENSOR_CORE.get(capability, "HMMA")) > 0, describe(kernel)
+        if kernel["name"].startswith("gemm") and capability in FROM_REGISTERS:
+            assert not any(op.startswith("STS") for op in kernel["loop"]), describe(kernel)

@@ -44,10 +44,8 @@ class Compiled:
     stack_bytes: int
     shared_bytes: int
     instructions: dict[str, int]  # by their full name, as cuobjdump prints it
-    loop_per_weight: float  # instructions of the longest loop per weight and thread
-
-    def count(self, *prefixes: str) -> int:
-        return sum(n for op, n in self.instructions.items() if op.startswith(prefixes))
+    loop: dict[str, int]  # those of the longest loop
+    loop_per_weight: float  # per weight and thread
 
 
 def compile_kernel(
@@ -89,15 +87,18 @@ def compile_kernel(
             for option in ("-res-usage", "-sass")
         )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    loop = longest_loop(code) * num_warps * 32
+    instructions = instructions_of(code)
+    loop = longest_loop(code, instructions)
+    per_thread = weights_per_step / (num_warps * 32)
     return Compiled(
         name=name,
         capability=capability,
         registers=int(registers),
         stack_bytes=int(stack),
         shared_bytes=built.metadata.shared,
-        instructions=dict(Counter(op for _, op in instructions_of(code))),
-        loop_per_weight=round(loop / weights_per_step, 2) if weights_per_step else 0.0,
+        instructions=dict(Counter(op for _, op in instructions)),
+        loop=dict(Counter(loop)),
+        loop_per_weight=round(len(loop) / per_thread, 2) if weights_per_step else 0.0,
     )
 
 
@@ -107,11 +108,12 @@ def instructions_of(code: str) -> list[tuple[int, str]]:
     return [(int(address, 16), op) for address, op in found]
 
 
-def longest_loop(code: str) -> int:
+def longest_loop(code: str, instructions: list[tuple[int, str]]) -> list[str]:
     """Instructions between a branch and what it jumps back to."""
     jumps = re.findall(r"/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*?0x([0-9a-f]+)", code)
-    sizes = [(int(at, 16) - int(to, 16)) // 16 + 1 for at, to in jumps]
-    return max(0, *sizes)
+    spans = [(int(to, 16), int(at, 16)) for at, to in jumps]
+    first, last = max(spans, key=lambda span: span[1] - span[0])
+    return [op for address, op in instructions if first <= address <= last]
 
 
 def linear_kernels(capability: int) -> list[Compiled]:
@@ -120,7 +122,7 @@ def linear_kernels(capability: int) -> list[Compiled]:
     built = []
     groups = ((128, False), (32, True), (64, True))  # group size, asym
     for bits, dtype, (group, asym) in product((2, 3, 4, 8), NAMES, groups):
-        for rows in (1, 16, 64, 0):
+        for rows in (1, 16, 32, 64, 128, 0):
             if (rows != 16 or group == 64) and not (bits == 4 and dtype == tl.float16):
                 continue
             built.append(linear_kernel(capability, tuning, bits, dtype, group, asym, rows))
