@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 TUNED_FOLDER = Path(__file__).parent / "tuned"
-ROW_BLOCKS = (16, 32, 64, 128)  # rows of x that one program takes
+ROW_BLOCKS = (16, 32, 64)  # rows of x that one program takes
 _PART_TILE = 128  # outputs that the number of parts is counted in
 _PART_BLOCK = 128  # inputs: parts are whole blocks
 _MIN_PART_BLOCKS = 4
@@ -58,6 +58,12 @@ class GpuTuning:
         if rows == 32:  # 8 warps would dequantize every weight twice, but on sm_90
             return TileConfig(block_n=self.block_n, num_warps=4, num_stages=3)
         return TileConfig(block_n=128, num_warps=8, num_stages=3)
+
+    def num_parts(self, in_features: int, out_features: int) -> int:
+        """Into how many parts K is cut, so that one wave of programs fills the GPU."""
+        tiles = -(-out_features // _PART_TILE)
+        blocks = -(-in_features // _PART_BLOCK)
+        return max(1, min(self.ctas_per_sm * self.num_sms // tiles, blocks // _MIN_PART_BLOCKS))
 
 
 def row_block(num_rows: int) -> int:

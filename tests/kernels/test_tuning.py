@@ -67,4 +67,4 @@ def test_a_file_that_is_no_json_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_rows_go_to_the_smallest_block_that_holds_them() -> None:
-    assert [row_block(n) for n in (1, 16, 17, 64, 65, 128, 500)] == [16, 16, 32, 64, 128, 128, 128]
+    assert [row_block(n) for n in (1, 16, 17, 64, 65, 128, 500)] == [16, 16, 32, 64, 64, 64, 64]

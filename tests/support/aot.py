@@ -122,7 +122,7 @@ def linear_kernels(capability: int) -> list[Compiled]:
     built = []
     groups = ((128, False), (32, True), (64, True))  # group size, asym
     for bits, dtype, (group, asym) in product((2, 3, 4, 8), NAMES, groups):
-        for rows in (1, 16, 32, 64, 128, 0):
+        for rows in (1, 16, 32, 64, 0):
             if (rows != 16 or group == 64) and not (bits == 4 and dtype == tl.float16):
                 continue
             built.append(linear_kernel(capability, tuning, bits, dtype, group, asym, rows))
