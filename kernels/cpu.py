@@ -12,6 +12,7 @@ the very same keys and values in one prefill that it had first computed token by
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import mmap
@@ -212,10 +213,12 @@ class CpuBackend(KernelBackend):
         ]
 
     def store(self, keys: Tensor, values: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """As they are, or in int8: keys rotated then, see `_rotation`."""
         if cache.key_scales is None or cache.value_scales is None:
             super().store(keys, values, cache, slots)
             return
-        codes, scales = _quantize_heads(torch.cat((keys, values), dim=1))
+        rotated = keys.to(torch.float64) @ _rotation(keys.shape[2])
+        codes, scales = _quantize_heads(torch.cat((rotated.to(torch.float32), values), dim=1))
         num_kv_heads = keys.shape[1]
         super().store(codes[:, :num_kv_heads], codes[:, num_kv_heads:], cache, slots)
         cache.key_scales.view(-1, num_kv_heads).index_copy_(0, slots, scales[:, :num_kv_heads])
@@ -258,6 +261,8 @@ class CpuBackend(KernelBackend):
     def attention(self, q: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
         assert isinstance(plan, CpuPlan)
         wide = q.to(torch.float64)
+        if cache.key_scales is not None:
+            wide = wide @ _rotation(q.shape[2])
         if len(plan.decodes) == 1 and not plan.prefills:
             return _attend_decode(wide, cache, plan.decodes[0], scale).flatten(1).to(torch.float32)
         out = torch.empty_like(wide)
@@ -267,6 +272,23 @@ class CpuBackend(KernelBackend):
             rows = slice(chunk.start, chunk.end)
             out[rows] = _attend_prefill(wide[rows], cache, chunk, scale)
         return out.flatten(1).to(torch.float32)
+
+
+@functools.cache
+def _rotation(head_dim: int) -> Tensor:
+    """[D, D] float64: Sylvester's orthogonal matrix, or blocks of it where D is no power of 2.
+
+    Keys have a few large channels, which would set the scale for all. Rotated, a head's numbers
+    are of one size; queries are rotated alike, which leaves the products as they are (Ashkboos et
+    al. 2024, "QuaRot", section 4). Values gain nothing by it. In float64, so that a token's key
+    does not depend on the others of the step.
+    """
+    size = head_dim & -head_dim
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    rotation: Tensor = torch.block_diag(*[matrix / math.sqrt(size)] * (head_dim // size))
+    return rotation
 
 
 def _quantize_heads(rows: Tensor) -> tuple[Tensor, Tensor]:

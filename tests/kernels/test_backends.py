@@ -166,10 +166,22 @@ def random_step(
     return torch.randn(starts[-1], heads, 16), cache, batch, slots
 
 
-def stored_numbers(tensor: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """Keys or values of all slots as the cache holds them: [slots, Hkv, D] float64."""
-    rows = tensor.flatten(0, 1).double()
-    return rows if scales is None else rows * scales.flatten(0, 1).double()[..., None]
+def stored_numbers(cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of all slots as the cache holds them: [slots, Hkv, D] float64.
+
+    With scales, keys are held rotated by Walsh's matrix, which is its own inverse.
+    """
+    keys, values = (tensor.flatten(0, 1).double() for tensor in (cache.keys, cache.values))
+    if cache.key_scales is None:
+        return keys, values
+    keys = keys * cache.key_scales.flatten(0, 1).double()[..., None]
+    values = values * cache.value_scales.flatten(0, 1).double()[..., None]
+    return keys @ walsh(keys.shape[-1]), values
+
+
+def walsh(size: int) -> torch.Tensor:
+    signs = [[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+    return torch.tensor(signs, dtype=torch.float64) / math.sqrt(size)
 
 
 def attention_oracle(
@@ -181,11 +193,7 @@ def attention_oracle(
     outs = []
     for i, context_slots in enumerate(slots):
         keys, values = (
-            stored_numbers(tensor, scales)[context_slots].repeat_interleave(group, dim=1)
-            for tensor, scales in (
-                (cache.keys, cache.key_scales),
-                (cache.values, cache.value_scales),
-            )
+            rows[context_slots].repeat_interleave(group, dim=1) for rows in stored_numbers(cache)
         )
         queries = q[starts[i] : starts[i + 1]].double()
         scores = torch.einsum("qhd,khd->hqk", queries, keys) / math.sqrt(q.shape[2])
@@ -236,14 +244,27 @@ def test_an_int8_cache_is_half_a_step_off_at_most() -> None:
     values = torch.randn(20, 2, 64)
     slots = torch.randperm(3 * BLOCK_SIZE)[:20]
     backend.store(keys, values, cache, slots)
-    for rows, tensor, scales in (
-        (keys, cache.keys, cache.key_scales),
-        (values, cache.values, cache.value_scales),
+    stored_keys, stored_values = stored_numbers(cache)
+    for rows, stored in (
+        (keys.double() @ walsh(64), stored_keys @ walsh(64)),
+        (values.double(), stored_values),
     ):
-        steps = rows.double().abs().amax(-1, keepdim=True) / 127
-        error = (stored_numbers(tensor, scales)[slots] - rows.double()).abs()
+        steps = rows.abs().amax(-1, keepdim=True) / 127
+        error = (stored[slots] - rows).abs()
         # float16 holds a scale to one part in 2048, and the largest code may be clamped by that.
         assert (error <= steps * (0.5 + 127 / 2048) + 2**-25).all()
+
+
+def test_one_large_channel_costs_the_others_of_a_key_little() -> None:
+    backend, cache = int8_cache()
+    keys = torch.randn(BLOCK_SIZE, 2, 64, generator=torch.Generator().manual_seed(0))
+    keys[..., 5] += 50
+    backend.store(keys, keys, cache, torch.arange(BLOCK_SIZE))
+    stored_keys, stored_values = stored_numbers(cache)
+    others = torch.arange(64) != 5
+    key_error = (stored_keys[:BLOCK_SIZE] - keys)[..., others].square().mean()
+    value_error = (stored_values[:BLOCK_SIZE] - keys)[..., others].square().mean()
+    assert key_error < value_error / 10
 
 
 def test_a_token_is_stored_alike_alone_and_in_a_crowd() -> None:
@@ -263,11 +284,11 @@ def test_what_is_not_a_number_stays_so_in_an_int8_cache_and_can_be_cleared() -> 
     rows = torch.ones(2, 1, 2, 64)
     rows[0, 0, 1, 7] = torch.nan
     backend.store(rows[0], rows[1], cache, torch.tensor([BLOCK_SIZE]))
-    keys = stored_numbers(cache.keys, cache.key_scales)
+    keys, _ = stored_numbers(cache)
     assert keys[BLOCK_SIZE, 1].isnan().all()
     assert keys[BLOCK_SIZE, 0].isfinite().all()
     backend.copy_blocks([cache], [(1, 2)])
-    assert stored_numbers(cache.keys, cache.key_scales)[2 * BLOCK_SIZE, 1].isnan().all()
+    assert stored_numbers(cache)[0][2 * BLOCK_SIZE, 1].isnan().all()
     backend.clear_blocks([cache], [1, 2])
     assert all(not tensor.any() for tensor in cache.tensors)
 
