@@ -1,11 +1,11 @@
-"""Decoding with and without prompt-lookup drafts, one stream at a time, on a real checkpoint.
+"""Decoding with and without prompt-lookup drafts, one stream and eight, on a real checkpoint.
 
     python tests/benchmarks/speculation.py CHECKPOINT [--rounds 3] [--max-draft-tokens 8]
 
 Copying: the model is asked to repeat texts, and repeats most of each. Unfriendly: stories, sampled
 at temperature 1, in which little comes back. Prompts run in turns with and without drafts; the time
-is that from the first token to the last. Every token must be the same with and without drafts, or
-this ends with an error. Prints its setup, a table and one JSON line last.
+is that from the first token (of each) to the last. Every token must be the same with and without
+drafts, or this ends with an error. Prints its setup, a table and one JSON line last.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ STORIES = [
 
 @dataclass(frozen=True)
 class Workload:
-    prompts: list[list[int]]
+    batches: list[list[list[int]]]  # prompts that run together
     params: dict[str, Any]
 
 
@@ -67,29 +67,41 @@ def workloads(tokenizer: Tokenizer) -> dict[str, Workload]:
 
     copies = chats([COPY_REQUEST + passage for passage in PASSAGES])
     stories = chats(STORIES)
+    random = {"temperature": 1.0, "ignore_eos": True}
     return {
-        "copying, greedy": Workload(copies, {"temperature": 0}),
-        "copying, temperature 0.7": Workload(copies, {"temperature": 0.7}),
-        "unfriendly, temperature 1": Workload(stories, {"temperature": 1.0, "ignore_eos": True}),
-        "unfriendly, greedy": Workload(stories, {"temperature": 0, "ignore_eos": True}),
+        "copying, greedy": Workload([[each] for each in copies], {"temperature": 0}),
+        "copying, temperature 0.7": Workload([[each] for each in copies], {"temperature": 0.7}),
+        "unfriendly, temperature 1": Workload([[each] for each in stories], random),
+        "unfriendly, greedy": Workload(
+            [[each] for each in stories], {"temperature": 0, "ignore_eos": True}
+        ),
+        "copying, greedy, 8 at once": Workload([copies * 2], {"temperature": 0}),
+        "unfriendly, temperature 1, 8 at once": Workload([stories * 2], random),
     }
 
 
-def decode(
-    engine: LLMEngine, prompt: list[int], params: SamplingParams
-) -> tuple[list[int], float, int]:
-    """(tokens, seconds from the first to the last, steps)."""
-    engine.add(engine.new_sequence("r", prompt, params))
-    tokens: list[int] = []
-    started, num_steps = 0.0, 0
+@dataclass(frozen=True)
+class Decoded:
+    tokens: list[list[int]]
+    num_timed: int  # tokens made after each sequence had its first
+    seconds: float  # that those took
+    num_steps: int  # the same
+
+
+def decode(engine: LLMEngine, prompts: list[list[int]], params: SamplingParams) -> Decoded:
+    for i, prompt in enumerate(prompts):
+        engine.add(engine.new_sequence(str(i), prompt, replace(params, seed=params.seed + i)))
+    tokens: list[list[int]] = [[] for _ in prompts]
+    started, num_timed, num_steps = 0.0, 0, 0
     while engine.has_work:
-        news = engine.step()
-        if news and not tokens:
+        timing = started > 0
+        for output in engine.step():
+            tokens[int(output.request_id)].append(output.token_id)
+            num_timed += timing
+        num_steps += timing
+        if not timing and all(tokens):
             started = time.perf_counter()
-        elif tokens:
-            num_steps += 1
-        tokens += [output.token_id for output in news if output.token_id is not None]
-    return tokens, time.perf_counter() - started, num_steps
+    return Decoded(tokens, num_timed, time.perf_counter() - started, num_steps)
 
 
 def measure(
@@ -99,20 +111,18 @@ def measure(
     speeds: dict[str, list[float]] = {name: [] for name in engines}
     num_tokens = num_steps = 0
     for round_ in range(rounds):
-        totals = dict.fromkeys(engines, 0.0)
-        count = 0
-        for i, prompt in enumerate(workload.prompts):
-            seed = 1000 * round_ + i
+        runs: dict[str, list[Decoded]] = {name: [] for name in engines}
+        for i, prompts in enumerate(workload.batches):
+            seed = 1000 * round_ + 10 * i
             params = SamplingParams(**workload.params, seed=seed, max_tokens=max_tokens)
-            results = {name: decode(engine, prompt, params) for name, engine in engines.items()}
-            assert results["with"][0] == results["without"][0], "drafts changed the output"
-            for name, (_, seconds, _) in results.items():
-                totals[name] += seconds
-            count += len(results["with"][0]) - 1
-            num_steps += results["with"][2]
-        num_tokens += count
-        for name, seconds in totals.items():
-            speeds[name].append(count / seconds)
+            for name, engine in engines.items():
+                runs[name].append(decode(engine, prompts, params))
+            assert runs["with"][-1].tokens == runs["without"][-1].tokens, "the output changed"
+        for name, decoded in runs.items():
+            total = sum(each.num_timed for each in decoded)
+            speeds[name].append(total / sum(each.seconds for each in decoded))
+        num_tokens += sum(each.num_timed for each in runs["with"])
+        num_steps += sum(each.num_steps for each in runs["with"])
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     return {
         **medians,
