@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engines import make_engine, prompt
+from lowbit.kernels.interface import load_backend
 from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.types import FinishReason, InvalidRequest, SamplingParams, TokenOutput
 from tiny import TinyModel
@@ -43,6 +44,20 @@ def test_greedy_tokens_are_those_of_transformers(tiny_model: TinyModel) -> None:
     )[0, len(tokens) :].tolist()
     received = run(make_engine(tiny_model, "float32"), {"r3": (tokens, GREEDY)})
     assert received["r3"] == expected
+
+
+def test_the_triton_backend_serves_the_same_tokens(tiny_model: TinyModel) -> None:
+    """On a GPU, or in Triton's interpreter: in a crowd, prompts in chunks."""
+    short = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    requests = {name: (REQUESTS[name][0], short) for name in ("r0", "r2")}
+    expected = run(make_engine(tiny_model, "float32"), requests)
+    engine = make_engine(
+        tiny_model,
+        backend=load_backend("triton"),
+        max_num_seqs=3,
+        max_num_batched_tokens=13,
+    )
+    assert run(engine, requests) == expected
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])

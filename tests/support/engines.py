@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from lowbit.kernels.cpu import CpuBackend
+from lowbit.kernels.interface import KernelBackend
 from lowbit.server.config import EngineConfig
 from lowbit.server.engine.build import build_engine
 from lowbit.server.engine.engine import LLMEngine
@@ -19,10 +20,11 @@ def make_engine(
     precision: str = "bfloat16",
     kv_cache_dtype: str = "auto",
     *,
+    backend: KernelBackend | None = None,
     num_blocks: int = 64,
     **settings: int,
 ) -> LLMEngine:
-    backend = CpuBackend(precision, kv_cache_dtype)
+    backend = backend or CpuBackend(precision, kv_cache_dtype)
     per_block = HEADS_PER_BLOCK * backend.kv_head_bytes(HEAD_DIM)
     config = EngineConfig(kv_cache_memory_bytes=num_blocks * per_block, **settings)
     return build_engine(load_decoder(tiny.folder, backend), config)
