@@ -19,7 +19,7 @@ from ..types import SamplingParams
 from . import control, generation, model
 from .admission import Admission
 from .auth import KeyInterceptor
-from .calls import Calls
+from .calls import AbortOutcome, Calls
 from .control import ControlServicer
 from .deployment import Deployment, Engine, Loaded
 from .generation import GenerationServicer
@@ -88,6 +88,15 @@ class GenerationServer:
         self._deployment.open(loaded)
         self._health.set_serving(True)
         self._health_task = asyncio.create_task(self._follow_engine_health(loaded.engine))
+
+    @property
+    def num_requests(self) -> int:
+        """Calls that are being served."""
+        return self._calls.num_requests
+
+    def abort(self, request_id: str) -> AbortOutcome:
+        """End a request within one step; one that is not running is left alone."""
+        return self._calls.abort(request_id)
 
     async def pause(self) -> None:
         """Report NOT_SERVING, and take requests for as long as load balancers may need to see."""
