@@ -40,6 +40,7 @@ class _Choice:
         self.finish_reason: FinishReason | None = None
         self.is_reported = False  # whether its finish reason was sent
         self._texts: list[str] = []
+        self._undecoded: list[int] = []
         self._outputs: list[TokenOutput] = []
 
     @property
@@ -51,21 +52,30 @@ class _Choice:
         self._outputs.append(output)
         reason = output.finish_reason
         if reason is not FinishReason.STOP:  # the token that stops is not part of the text
-            self._texts.append(self.detokenizer.push(output.token_id))
-        if self.detokenizer.stopped:
-            reason = FinishReason.STOP
+            self._undecoded.append(output.token_id)
+        if self.detokenizer.may_stop:  # else what is sent together is decoded together
+            self._decode()
+            if self.detokenizer.stopped:
+                reason = FinishReason.STOP
         if reason is not None:
             self.finish(reason)
 
     def finish(self, reason: FinishReason) -> None:
+        self._decode()
         self._texts.append(self.detokenizer.finish())
         self.finish_reason = reason
 
+    def _decode(self) -> None:
+        self._texts.append(self.detokenizer.push_all(self._undecoded))
+        self._undecoded.clear()
+
     def move_into(self, output: pb.Output, token_text: Callable[[int], str]) -> None:
+        self._decode()
         output.index = self.index
         output.text = "".join(self._texts)
         for each in self._outputs:
-            add_token(output.tokens, each.token, token_text)
+            assert each.token_id is not None
+            add_token(output.tokens, each.token_id, each.logprob, each.top_logprobs, token_text)
         if self.finish_reason is not None:
             self._report_end(output)
         self._texts.clear()
@@ -168,7 +178,9 @@ class Completion:
         prompt = pb.Prompt(text=self._tokenizer.decode(ids, skip_special_tokens=False))
         known = [TokenLogprob(token_id=each, logprob=0.0) for each in ids]
         for token in (known[0], *logprobs) if logprobs else known:
-            add_token(prompt.tokens, token, self._tokenizer.token_text)
+            add_token(
+                prompt.tokens, token.token_id, token.logprob, token.top, self._tokenizer.token_text
+            )
         return prompt
 
     def _end_if_all_have(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, Final
 
@@ -19,7 +19,6 @@ from ..types import (
     Priority,
     SamplingParams,
     SchedulingParams,
-    TokenLogprob,
 )
 from .errors import UnsupportedField
 
@@ -110,10 +109,14 @@ def stream_interval_of(request: pb.GenerateRequest) -> int:
 
 def add_token(
     tokens: RepeatedCompositeFieldContainer[pb.TokenInfo],
-    token: TokenLogprob,
+    token_id: int,
+    logprob: float,
+    top: Iterable[tuple[int, float]],
     token_text: Callable[[int], str],
 ) -> None:
     """Append a token to those of a message."""
-    info = tokens.add(id=token.token_id, logprob=token.logprob, text=token_text(token.token_id))
-    for token_id, logprob in token.top:
-        info.top_logprobs.add(id=token_id, logprob=logprob, text=token_text(token_id))
+    info = tokens.add(id=token_id, logprob=logprob, text=token_text(token_id))
+    for candidate_id, candidate_logprob in top:
+        info.top_logprobs.add(
+            id=candidate_id, logprob=candidate_logprob, text=token_text(candidate_id)
+        )

@@ -164,3 +164,23 @@ def test_a_token_costs_the_same_at_any_length(token: bytes) -> None:
     assert text == (token * 2000).decode("utf-8", "replace")
     assert vocabulary.longest_window <= 32
     assert vocabulary.num_decodes <= 2 * 2000 + 2
+
+
+@given(
+    st.lists(st.sampled_from([b"a", b" b", "é".encode()[:1], "é".encode()[1:], b"\xf0\x9f", b"!"])),
+    st.lists(st.integers(1, 30), min_size=1),
+    st.sampled_from([(), ("a b",), ("!",)]),
+)
+def test_many_at_once_say_the_same(
+    tokens: list[bytes], sizes: list[int], stop: tuple[str, ...]
+) -> None:
+    vocabulary = ByteVocabulary(tokens)
+    one_by_one = Detokenizer(vocabulary.decode, stop=stop)
+    together = Detokenizer(vocabulary.decode, stop=stop)
+    expected = "".join(map(one_by_one.push, range(len(tokens)))) + one_by_one.finish()
+    text, start = "", 0
+    for size in chain(sizes, [len(tokens)]):
+        text += together.push_all(range(start, min(start + size, len(tokens))))
+        start += size
+    assert text + together.finish() == expected
+    assert together.stop_string == one_by_one.stop_string
