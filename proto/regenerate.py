@@ -1,4 +1,4 @@
-"""Writes the Python code of generation.proto: `python proto/regenerate.py`, with the `dev` extra.
+"""Writes the Python code of the proto files: `python proto/regenerate.py`, with the `dev` extra.
 
 Knows nothing of what the messages mean.
 """
@@ -12,7 +12,14 @@ from pathlib import Path
 from grpc_tools import protoc  # type: ignore[import-untyped]
 
 PROTO_FOLDER = Path(__file__).resolve().parent
-OUTPUTS = ("generation_pb2.py", "generation_pb2.pyi", "generation_pb2_grpc.py")
+SOURCES = ("generation.proto", "kserve.proto")
+OUTPUTS = (
+    "generation_pb2.py",
+    "generation_pb2.pyi",
+    "generation_pb2_grpc.py",
+    "kserve_pb2.py",
+    "kserve_pb2.pyi",
+)
 
 
 def regenerate(folder: Path) -> None:
@@ -26,7 +33,7 @@ def regenerate(folder: Path) -> None:
                 f"--python_out={scratch}",
                 f"--pyi_out={scratch}",
                 f"--grpc_python_out={scratch}",
-                str(PROTO_FOLDER / "generation.proto"),
+                *(str(PROTO_FOLDER / name) for name in SOURCES),
             ]
         )
         if status != 0:

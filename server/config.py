@@ -135,6 +135,9 @@ class ServerConfig:
     )
     health_needs_key: bool = _setting(False, "health checks need a key, too, where there are keys")
     reflection: bool = _setting(True, "describe the services to clients that have no proto file")
+    kserve: bool = _setting(
+        False, "offer inference.GRPCInferenceService, too, for Triton's and KServe's clients"
+    )
     control_host: str = _setting(
         "",
         "where ControlService listens instead, without keys or TLS: unix:PATH or an address of "

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from ..config import ServerConfig, is_local
 from ..metrics import Metrics, MetricsServer, start_metrics_server
 from ..types import SamplingParams
-from . import control, generation, model
+from . import control, generation, kserve, model
 from .admission import Admission
 from .auth import KeyInterceptor
 from .calls import AbortOutcome, Calls
@@ -24,6 +24,7 @@ from .control import ControlServicer
 from .deployment import Deployment, Engine, Loaded
 from .generation import GenerationServicer
 from .health import HealthServicer
+from .kserve import InferenceServicer
 from .listen import UNIX_PREFIX, bind, compression, credentials, server_options
 from .model import ModelServicer
 from .reflection import add_reflection
@@ -37,7 +38,12 @@ _LOOPBACK: Final = "127.0.0.1"
 _HEALTH_CHECK_SECONDS: Final = 1.0
 # For the statuses of requests that the engine has just ended to reach their callers.
 _GOODBYE_SECONDS: Final = 1.0
-_SERVICES: Final = (generation.SERVICE_NAME, model.SERVICE_NAME, control.SERVICE_NAME)
+_SERVICES: Final = (
+    generation.SERVICE_NAME,
+    model.SERVICE_NAME,
+    control.SERVICE_NAME,
+    kserve.SERVICE_NAME,
+)
 
 
 class GenerationServer:
@@ -155,6 +161,9 @@ class GenerationServer:
             GenerationServicer(deployment, requests).handler(),
             ModelServicer(config, deployment, calls).handler(),
         ]
+        if config.kserve:
+            services.append(kserve.SERVICE_NAME)
+            handlers.append(InferenceServicer(deployment, requests).handler())
         if self._serves_control_here():
             services.append(control.SERVICE_NAME)
             handlers.append(ControlServicer(calls, self.drain).handler())

@@ -4,7 +4,8 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from lowbit.proto.regenerate import OUTPUTS, PROTO_FOLDER, regenerate
+import pytest
+from lowbit.proto.regenerate import OUTPUTS, PROTO_FOLDER, SOURCES, regenerate
 
 
 def test_the_committed_code_is_what_the_generator_makes(tmp_path: Path) -> None:
@@ -13,8 +14,9 @@ def test_the_committed_code_is_what_the_generator_makes(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (PROTO_FOLDER / name).read_bytes(), name
 
 
-def test_every_field_is_explained() -> None:
-    lines = (PROTO_FOLDER / "generation.proto").read_text().splitlines()
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_field_is_explained(source: str) -> None:
+    lines = (PROTO_FOLDER / source).read_text().splitlines()
     fields = [
         (line, above) for above, line in pairwise(lines) if re.search(r"^ +[a-z].* = \d+;", line)
     ]
