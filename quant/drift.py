@@ -18,17 +18,26 @@ class DriftSum:
     """A growing sum over tokens of (wanted output - W x) x^T, for layers that read the same inputs.
 
     W (y - x) + residual is what the output lacks. The sum is kept as [N, K], or, where that is
-    smaller, as that of (y - x) x^T, [K, K], with the residual's part beside it. Products are taken
-    in fp32 and added in fp64, as the Hessian's are (see `HessianSum`).
+    smaller, as that of (y - x) x^T, [K, K], with the residual's part beside it. Products with x are
+    taken in fp32 and added in fp64, as the Hessian's are (see `HessianSum`); W (y - x), which is
+    itself a small correction, in the dtype `products`.
     """
 
-    def __init__(self, weights: Sequence[Tensor], *, has_residual: bool) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        has_residual: bool,
+        products: torch.dtype = torch.float32,
+    ) -> None:
         """weights [N_i, K] fp32."""
         self._weights = weights
         self._sizes = [len(weight) for weight in weights]
         num_outputs, num_features = sum(self._sizes), weights[0].shape[1]
         self._by_input = num_outputs > num_features
         rows = num_features if self._by_input else num_outputs
+        # What the inputs' drift is multiplied with, where that is done batch by batch.
+        self._matrix = torch.empty(0) if self._by_input else torch.cat(list(weights)).to(products)
         self._moved = torch.zeros(rows, num_features, dtype=torch.float64)
         self._residual = (
             torch.zeros(num_outputs, num_features, dtype=torch.float64)
@@ -46,7 +55,7 @@ class DriftSum:
         x = inputs.reshape(-1, inputs.shape[-1])
         moved = wanted_inputs.reshape(x.shape) - x
         if not self._by_input:
-            moved = torch.cat([moved @ weight.t() for weight in self._weights], dim=1)
+            moved = (moved.to(self._matrix.dtype) @ self._matrix.t()).to(torch.float32)
         if residual is not None:
             lacking = residual.reshape(len(x), -1)
             if self._residual is None:

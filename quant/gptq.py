@@ -31,9 +31,11 @@ from ..kernels.packing import PackedWeight, num_groups, pack_codes
 from .config import ModuleConfig
 from .errors import SolverError
 from .grid import Grid, GridSearch, round_scale
+from .products import PRECISIONS
 
 BLOCK_SIZE = 128  # columns whose updates of the rest are applied together (paper, section 3.3)
-ROWS_AT_ONCE = 1024  # output features solved together: their blocks stay in the processor's cache
+ROWS_AT_ONCE = 2048  # output features solved together
+SOLVED_AT_ONCE = 1 << 22  # their weights, at most
 ROUNDED_AT_ONCE = 1 << 22  # weights of a matrix that are rounded to nearest together
 MAX_DAMP_PERCENT = 1.0
 DAMP_STEP = 10.0
@@ -65,6 +67,10 @@ class SolverConfig:
     # inputs have lost to earlier layers ("inputs"), or also what the residual stream has that their
     # outputs are added to ("stream"). Read by whoever sums the drifts up.
     drift: str = "stream"
+    # What linear layers compute in while the calibration text passes through them: see `products`.
+    precision: str = "auto"
+    # Of the calibration text, the drift is measured on as many tokens at most.
+    drift_tokens: int = 16384
 
     def __post_init__(self) -> None:
         damp, norm, sweeps = self.damp_percent, self.scale_norm, self.descent_sweeps
@@ -78,8 +84,13 @@ class SolverConfig:
             raise SolverError(f"scale_search is {self.scale_search!r}; it must be one of {known}")
         if self.drift not in DRIFTS:
             raise SolverError(f"drift is {self.drift!r}; it must be one of {', '.join(DRIFTS)}")
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise SolverError(f"precision is {self.precision!r}; it must be one of {known}")
         if not 1 <= norm <= 8:
             raise SolverError(f"scale_norm is {norm!r}; it must lie in [1, 8]")
+        if self.drift_tokens < 1:
+            raise SolverError(f"drift_tokens is {self.drift_tokens!r}; it must be at least 1")
         if not 0 <= sweeps <= 100:
             raise SolverError(f"descent_sweeps is {sweeps!r}; it must lie in [0, 100]")
 
@@ -169,6 +180,7 @@ def solve(
     config: SolverConfig | None = None,
     *,
     drifts: Sequence[Tensor] | None = None,
+    drift_hessian: Tensor | None = None,
     fallback: str | None = None,
 ) -> list[Solution]:
     """Quantize the linear layers that read the same inputs. weights [N_i, K] fp32, hessian [K, K].
@@ -176,11 +188,12 @@ def solve(
     Rows do not influence each other: one Hessian and one factorization serve all layers, and any
     slice of a layer's rows comes out as it would with the others. `drifts`, [N_i, K] fp32 each, are
     sums over tokens of (wanted output - W x) x^T; without them the wanted output is W x.
+    `drift_hessian` is the Hessian of the tokens they are summed over, where that is not `hessian`.
 
     `fallback` gives the reason why the Hessian must not be trusted: the weights are then rounded
     to nearest, on grids weighted by its diagonal. The same happens, and is said in the solutions,
     when no damping makes the Hessian positive definite. Raises SolverError when a weight or the
-    Hessian is not finite. `hessian` may be overwritten.
+    Hessian is not finite. The Hessians and `drifts` may be overwritten.
     """
     config = config or SolverConfig()
     if not bool(torch.isfinite(hessian).all()):
@@ -192,6 +205,8 @@ def solve(
     dead = (hessian.diagonal() == 0) & trusted
     factors: dict[int, Factor] = {}
     solutions = []
+    if drifts is not None and drift_hessian is not None and fallback is None:
+        fallback = _retarget_all(drifts, drift_hessian, config.damp_percent)
     for i, (weight, module) in enumerate(zip(weights, modules, strict=True)):
         size = hessian.shape[0] if module.group_size == -1 else module.group_size
         key = size if config.act_order == "group" else 0
@@ -211,8 +226,10 @@ def solve(
             grids=_grid_search(module, config),
             config=config,
         )
-        drift = None if drifts is None or fallback is not None else drifts[i]
-        solutions.append(_solve_in_slices(problem, weight, drift, fallback))
+        move = None if drifts is None or factor is None else drifts[i]
+        if move is not None and factor is not None and drift_hessian is None:
+            _retarget(move, factor)
+        solutions.append(_solve_in_slices(problem, weight, move, fallback))
     return solutions
 
 
@@ -251,6 +268,11 @@ def round_to_nearest(
     return QuantizedWeight(
         bits=module.bits, group_size=size, codes=codes, scales=scales, zeros=zeros
     )
+
+
+def rows_at_once(num_features: int) -> int:
+    """Output features of a layer that are solved together: many, but not much memory."""
+    return max(1, min(ROWS_AT_ONCE, SOLVED_AT_ONCE // num_features))
 
 
 def factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
@@ -305,19 +327,21 @@ class _Problem:
 
 
 def _solve_in_slices(
-    problem: _Problem, weight: Tensor, drift: Tensor | None, fallback: str | None
+    problem: _Problem, weight: Tensor, move: Tensor | None, fallback: str | None
 ) -> Solution:
+    """`move` [N, K]: what is added to the weight before it is rounded."""
     num_features, num_rows = weight.shape[1], weight.shape[0]
     codes = torch.empty(num_features, num_rows, dtype=torch.uint8)
     scales = torch.empty(problem.num_groups, num_rows, dtype=torch.float16)
     zeros = torch.empty(problem.num_groups, num_rows, dtype=torch.uint8)
     lost = energy = 0.0
-    for start in range(0, num_rows, ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
+    height = rows_at_once(num_features)
+    for start in range(0, num_rows, height):
+        part = slice(start, start + height)
         original = weight[part].to(torch.float32)
         target = torch.where(problem.dead, 0.0, original)
-        if drift is not None and problem.factor is not None:
-            target = target + _retarget(drift[part], problem.factor)
+        if move is not None:
+            target = target + move[part]
         columns = target.t().contiguous()
         found, grid = _solve_rows(columns, problem)
         codes[:, part], scales[:, part], zeros[:, part] = found, grid.scale, grid.zero
@@ -358,6 +382,8 @@ def _column_by_column(target: Tensor, problem: _Problem, factor: Factor) -> tupl
     grid = _static_grids(target, problem) if static else _empty_grid(target, problem)
     codes = torch.empty_like(target)
     groups = group_of[order].tolist()
+    # Views made beforehand: a column's arithmetic takes as long as finding its operands.
+    grids, rows = [grid[group] for group in range(problem.num_groups)], codes.unbind()
     for start, end, opened in _blocks(groups, whole_groups=not static):
         if opened is not None:
             found = problem.grids.search(live[opened], problem.importance[order[opened]])
@@ -365,12 +391,13 @@ def _column_by_column(target: Tensor, problem: _Problem, factor: Factor) -> tupl
         upper = factor.rows(start, end)
         block, within = live[start:end], upper[:, start:end]
         errors = torch.empty_like(block)
-        for j, column in enumerate(order[start:end].tolist()):
-            own = grid[groups[start + j]]
-            code = own.quantize(block[j])
-            errors[j] = (block[j] - own.dequantize(code)) / within[j, j]
-            block[j + 1 :].addr_(within[j, j + 1 :], errors[j], alpha=-1)
-            codes[column] = code
+        steps, columns = within.diagonal().tolist(), order[start:end].tolist()
+        for j, (value, error) in enumerate(zip(block.unbind(), errors.unbind(), strict=True)):
+            own = grids[groups[start + j]]
+            code = own.quantize(value)
+            rows[columns[j]].copy_(code)
+            torch.sub(value, own.dequantize(code), out=error).div_(steps[j])
+            block[j + 1 :].addr_(within[j, j + 1 :], error, alpha=-1)
         live[end:].addmm_(upper[:, end:].t(), errors, alpha=-1)
     return codes, grid
 
@@ -388,31 +415,42 @@ def _coordinate_descent(
     hessian, size = problem.hessian, problem.group_size
     errors = target - _dequantize(codes, grid, problem.group_of)
     slope = (hessian @ errors).add_(errors, alpha=damping)
+    del errors
     curvature = hessian.diagonal() + damping
     curvature = torch.where(curvature > 0, curvature, 1.0)  # a dead feature, not damped
+    steps, largest = (1 / curvature).tolist(), (1 << grid.bits) - 1
     for _ in range(problem.config.descent_sweeps):
         for group in range(problem.num_groups):
             columns = slice(group * size, min((group + 1) * size, len(target)))
             own = hessian[columns, columns].clone()
             own.diagonal().add_(damping)
-            before, here = errors[columns].clone(), slope[columns].clone()
-            step = _scale_step(codes[columns] - grid.zero[group], grid.scale[group], own, here)
+            centered = codes[columns] - grid.zero[group]
+            step = _scale_step(centered, grid.scale[group], own, slope[columns])
             grid.scale[group] += step
-            moved = (codes[columns] - grid.zero[group]).mul_(step)
-            errors[columns] -= moved
-            here.addmm_(own, moved, alpha=-1)
-            scale = grid.scale[group]
-            for j, column in enumerate(range(columns.start, columns.stop)):
-                wanted = here[j] / curvature[column] / scale + codes[column]
-                new = wanted.round_().clamp_(0, (1 << grid.bits) - 1)
-                change = (new - codes[column]).mul_(scale)
-                codes[column] = new
-                errors[column] -= change
-                here.addr_(own[j], change, alpha=-1)
-            moved = errors[columns] - before
-            slope.addmm_(hessian[:, columns], moved)
-            slope[columns].add_(moved, alpha=damping)
+            moved = centered.mul_(step)
+            here = torch.addmm(slope[columns], own, moved, alpha=-1).div_(grid.scale[group])
+            moved += _descend(codes[columns], here, own, steps[columns], largest).mul_(
+                grid.scale[group]
+            )
+            slope.addmm_(hessian[:, columns], moved, alpha=-1)
+            slope[columns].sub_(moved, alpha=damping)
     return codes, grid
+
+
+def _descend(
+    codes: Tensor, slope: Tensor, hessian: Tensor, steps: list[float], largest: int
+) -> Tensor:
+    """Set each code of a group in turn to the best one; [g, N], how far they moved.
+
+    codes [g, N] are rewritten and slope [g, N], in units of a code, too; hessian [g, g] damped,
+    `steps` one over its diagonal.
+    """
+    before = codes.clone()
+    rows = zip(codes.unbind(), slope.unbind(), before.unbind(), strict=True)
+    for j, (code, wanted, old) in enumerate(rows):
+        code.add_(wanted, alpha=steps[j]).round_().clamp_(0, largest)
+        slope[j + 1 :].addr_(hessian[j, j + 1 :], torch.sub(code, old, out=old), alpha=-1)
+    return before
 
 
 def _scale_step(centered: Tensor, scale: Tensor, hessian: Tensor, slope: Tensor) -> Tensor:
@@ -429,14 +467,26 @@ def _scale_step(centered: Tensor, scale: Tensor, hessian: Tensor, slope: Tensor)
     return torch.where(lower & same_sign, step, 0.0)
 
 
-def _retarget(drift: Tensor, factor: Factor) -> Tensor:
-    """E (H + damping)^-1 with inverse = U^T U, panel by panel. [N, K] -> [N, K]"""
-    visited = drift[:, factor.order]
-    moved = torch.zeros_like(visited)
-    for start in range(0, len(factor.order), BLOCK_SIZE):
-        rows = factor.rows(start, start + BLOCK_SIZE)
-        moved.addmm_(visited @ rows.t(), rows)
-    return torch.empty_like(moved).index_copy_(1, factor.order, moved)
+def _retarget_all(drifts: Sequence[Tensor], hessian: Tensor, damp_percent: float) -> str | None:
+    """`_retarget` with a Hessian of the drifts' own; returns why that is not possible, if so."""
+    try:
+        factor = factorize(hessian, torch.arange(len(hessian)), damp_percent)
+    except SolverError as error:
+        return str(error)
+    for drift in drifts:
+        _retarget(drift, factor)
+    return None
+
+
+def _retarget(drift: Tensor, factor: Factor) -> None:
+    """E := E (H + damping)^-1 with inverse = U^T U, panel by panel. [N, K]"""
+    for part in drift.split(rows_at_once(drift.shape[1])):
+        visited = part[:, factor.order]
+        moved = torch.zeros_like(visited)
+        for start in range(0, len(factor.order), BLOCK_SIZE):
+            rows = factor.rows(start, start + BLOCK_SIZE)
+            moved.addmm_(visited @ rows.t(), rows)
+        part.index_copy_(1, factor.order, moved)
 
 
 def _importance(hessian: Tensor, factor: Factor | None, scale_search: str) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +17,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.packing import PackedEmbedding
 from .errors import SourceError
+from .products import compute_with, project, project_in_fp32
 from .skeleton import Skeleton, assign
 from .source import Source
 
-ROWS_AT_ONCE = 8192  # of a matrix as it is stored, converted to fp32 at a time
 MAX_SHAPES = 2  # whose layer arguments are kept: full batches and a last, smaller one
 PROBE_SHAPE = (1, 4)  # of a batch that is enough to run a layer and see what it does
 
@@ -77,7 +75,7 @@ class LayeredModel:
         self._stand_in: PackedEmbedding | None = None  # for the embedding, during `embed`
         self._look_up_in_fp32(embedding)
         self._check_calls()
-        self._head.forward = partial(_project_in_fp32, linear=self._head)
+        self._head.forward = partial(project_in_fp32, linear=self._head)
         source.release()  # layers are read through mappings of their own
 
     def layer_name(self, index: int) -> str:
@@ -102,11 +100,13 @@ class LayeredModel:
             self._stand_in = None
         return found[0]
 
-    def load_layer(self, index: int, *, as_stored: bool = False) -> nn.Module:
+    def load_layer(self, index: int, *, products: torch.dtype | None = None) -> nn.Module:
         """The layer with its weights, read now, in fp32.
 
-        With `as_stored` the matrices of its linear layers stay as they are in the source, mapped
-        from there where the format allows it, and are converted whenever they are used.
+        With `products` the matrices of its linear layers are held in 16 bits and multiplied in that
+        dtype: for fp32 they stay as they are in the source, mapped from there where the format
+        allows it, and are converted whenever they are used. Routers, which a rounded product can
+        tip, compute in fp32.
         """
         # Its configuration is shared: nothing writes to it, and the model's is a copy already.
         layer = copy.deepcopy(self._layers[index], {id(self._model.config): self._model.config})
@@ -115,14 +115,18 @@ class LayeredModel:
         for name in self._layer_tensors(index):
             stored = self._source.tensor(self._source.places[prefix + name])
             path, _, leaf = name.rpartition(".")
-            keeps = as_stored and path in linears and leaf == "weight"
+            keeps = products is not None and path in linears and leaf == "weight"
             assign(layer, name, stored if keeps else stored.to(torch.float32, copy=True))
-        for linear in linears.values():
-            if as_stored:
-                # A proxy: a cycle would keep the layer until the garbage collector comes by.
-                linear.forward = partial(_project_in_fp32, linear=weakref.proxy(linear))  # type: ignore[method-assign]
-            else:
+        for name, linear in linears.items():
+            if products is None:
                 linear.weight.data = linear.weight.data.contiguous()  # GPT-2 stores them transposed
+            elif products == torch.bfloat16 and not is_router(name):
+                weight = linear.weight.to(products).contiguous()
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+            else:
+                compute_with(project_in_fp32, linear)
+                continue
+            compute_with(project, linear)
         self._source.release()
         if self._returns_tuple is None:  # before anyone's hooks are on it
             self._learn_returns(layer)
@@ -396,10 +400,3 @@ def is_router(name: str) -> bool:
     """A linear layer that chooses or weighs experts: "mlp.gate", "mlp.shared_expert_gate"."""
     leaf = name.rpartition(".")[2]
     return leaf in ("gate", "router") or leaf.endswith("_gate")
-
-
-def _project_in_fp32(hidden: Tensor, *, linear: Any) -> Tensor:
-    """hidden @ weight.T + bias, with few of the rows of a 16-bit weight converted at a time."""
-    parts = [F.linear(hidden, rows.float()) for rows in linear.weight.split(ROWS_AT_ONCE)]
-    output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return output if linear.bias is None else output + linear.bias

@@ -45,7 +45,7 @@ class LayerPasses:
         self._forward = forward
         self._load = load
         self._batches = batches
-        self._keep_paused = keep_paused
+        self.keeps_paused = keep_paused
         self._streams = streams or {}
         self._passes: dict[int, _Pass] = {}
         self._hooks = _Hooks()
@@ -76,7 +76,7 @@ class LayerPasses:
             if current.group == group:
                 assert current.inputs is not None
                 yield current.inputs, None if stream is None else current.watched[stream]
-            if not self._keep_paused:
+            if not self.keeps_paused:
                 current.end()
 
     def outputs(self) -> Iterator[tuple[int, Tensor]]:
@@ -94,7 +94,7 @@ class LayerPasses:
         current = self._passes.get(batch)
         if current is None:
             current = _Pass(self._forward, self._load(batch))
-            if self._keep_paused:
+            if self.keeps_paused:
                 self._passes[batch] = current
         while current.group < group and current.output is None:
             current.go_on()

@@ -19,7 +19,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -43,6 +43,7 @@ from .formats import linear_tensors
 from .gptq import SolverConfig
 from .journal import Entry, Fingerprint, Journal
 from .layers import LayeredModel
+from .products import resolve_precision
 from .report import ModuleReport, QuantizeReport, read_report, write_report
 from .sensitivity import choose, measure, with_widths
 from .source import Source, load_source
@@ -54,7 +55,10 @@ DEFAULT_NUM_SEQUENCES = 16
 DEFAULT_SEQUENCE_LENGTH = 512
 DEFAULT_ACTIVATION_MEMORY_BYTES = 2 << 30
 MIN_TARGET_BPW, MAX_TARGET_BPW = 2.0, 16.0
-BATCH_SIZE = 8  # sequences in one forward pass
+# Tokens in one forward pass. With 4,096 its intermediate results leave the processor's cache, and
+# attention, norms and activations take four times as long.
+BATCH_TOKENS = 1024
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 4 << 20  # glibc's name of the option, and its value
 MAX_SCANNED_BYTES = 1 << 30  # of a source whose every weight is looked at before work starts
 _NOT_WEIGHTS = (".bias", ".g_idx", ".weight_shape")  # what says nothing of a weight's precision
 
@@ -116,12 +120,13 @@ def quantize(
     be solved. `out` does not exist then; finished layers stay in the journal next to it.
     """
     started = time.monotonic()
+    _bound_heap()
     settings = Settings(
         source=source,
         out=Path(out).absolute(),
         config=config,
         target_bpw=target_bpw,
-        solver=replace(solver or SolverConfig(), damp_percent=config.damp_percent),
+        solver=_resolve(solver or SolverConfig(), config),
         calibration_file=calibration_file,
         num_sequences=num_sequences,
         sequence_length=sequence_length,
@@ -220,15 +225,16 @@ class _Run:
             return self._check_written()
         tokens = self._tokens()
         self._config = self._choose_widths(tokens)
-        batches = tokens.split(BATCH_SIZE)
+        batches = tokens.split(batch_size(tokens.shape[1]))
         own = self._ranks.share(len(batches))
+        num_drift = self._num_drift_batches(batches)
+        own_drift = [batch for batch in own if batch < num_drift]
         limit = self._settings.activation_memory_bytes
-        corrects = self._settings.solver.drift != "none"
-        store = ActivationStore(self._journal.folder, limit // 2 if corrects else limit)
+        store = ActivationStore(self._journal.folder, limit // 2 if num_drift else limit)
         wanted = (
-            ActivationStore(self._journal.folder, limit // 2, kind="wanted") if corrects else None
+            ActivationStore(self._journal.folder, limit // 2, kind="wanted") if num_drift else None
         )
-        stores = [store, *([] if wanted is None else [wanted])]
+        stores = {store: own} if wanted is None else {store: own, wanted: own_drift}
         with self._bar() as bar:
             quantizer = LayerQuantizer(
                 self._model,
@@ -236,7 +242,9 @@ class _Run:
                 self._settings.solver,
                 Calibration(
                     batches=own,
-                    num_sequences=sum(len(batches[i]) for i in own),
+                    drift_batches=own_drift,
+                    all_drift=num_drift == len(batches),
+                    num_passes=sum(len(batches[i]) for i in [*own, *own_drift]),
                     own_tokens=sum(batches[i].numel() for i in own),
                     num_tokens=tokens.numel(),
                 ),
@@ -247,7 +255,7 @@ class _Run:
                 on_group=lambda reports: bar.set_postfix_str(_describe(reports), refresh=True),
             )
             embedding = self._finish_embedding(tokens.numel())
-            first = self._resume(quantizer, stores, batches, own, embedding)
+            first = self._resume(quantizer, stores, batches, embedding)
             bar.update(first)
             for index in range(first, self._model.num_layers):
                 self._finish_layer(index, quantizer, stores)
@@ -277,6 +285,13 @@ class _Run:
         found = self._journal.read_tokens()
         assert found is not None
         return found
+
+    def _num_drift_batches(self, batches: Sequence[Tensor]) -> int:
+        """How many of the run's first batches the 16-bit model's hidden states are kept for."""
+        solver = self._settings.solver
+        if solver.drift == "none":
+            return 0
+        return min(len(batches), -(-solver.drift_tokens // batches[0].numel()))
 
     def _choose_widths(self, tokens: Tensor) -> QuantConfig:
         """The run's config; with a target, widths that are measured once for all restarts."""
@@ -312,19 +327,18 @@ class _Run:
     def _resume(
         self,
         quantizer: LayerQuantizer,
-        stores: Sequence[ActivationStore],
+        stores: Mapping[ActivationStore, Sequence[int]],
         batches: Sequence[Tensor],
-        own: Sequence[int],
         embedding: PackedEmbedding | None,
     ) -> int:
-        """How many layers are finished; what their successor reads is in the store."""
+        """How many layers are finished; what their successor reads is in the stores."""
         first = self._journal.num_finished()
         if first:
             logger.info("%d of %d layers are finished", first, self._model.num_layers)
         with self._ranks.together():
-            if not first or not all(store.holds(first, own) for store in stores):
+            if not first or not all(store.holds(first, own) for store, own in stores.items()):
                 # The 16-bit model's hidden states, in the second store, start at its own embedding.
-                for store, table in zip(stores, (embedding, None), strict=False):
+                for (store, own), table in zip(stores.items(), (embedding, None), strict=False):
                     for batch in own:
                         store.put(0, batch, self._model.embed(batches[batch], table))
                 for index in range(first):
@@ -347,7 +361,7 @@ class _Run:
         return packed_embedding(found, name, config)
 
     def _finish_layer(
-        self, index: int, quantizer: LayerQuantizer, stores: Sequence[ActivationStore]
+        self, index: int, quantizer: LayerQuantizer, stores: Iterable[ActivationStore]
     ) -> None:
         entry = quantizer.quantize_layer(index)
         with self._ranks.together():
@@ -356,7 +370,7 @@ class _Run:
         self._clean(stores, index + 1)
         _return_free_memory()
 
-    def _clean(self, stores: Sequence[ActivationStore], layer: int) -> None:
+    def _clean(self, stores: Iterable[ActivationStore], layer: int) -> None:
         """Every process is done with the files of other layers."""
         with self._ranks.together():
             pass
@@ -448,6 +462,11 @@ class _Run:
         )
 
 
+def batch_size(sequence_length: int) -> int:
+    """Sequences in one forward pass."""
+    return max(1, BATCH_TOKENS // sequence_length)
+
+
 class _Totals:
     """What a checkpoint adds up to."""
 
@@ -469,6 +488,22 @@ class _Totals:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.num_packed_bytes / self.num_weights if self.num_weights else 16.0
+
+
+def _resolve(solver: SolverConfig, config: QuantConfig) -> SolverConfig:
+    """What the run does on this machine: a restart on another one must do the same."""
+    precision = resolve_precision(solver.precision)
+    return replace(solver, damp_percent=config.damp_percent, precision=precision)
+
+
+def _bound_heap() -> None:
+    """Let glibc map large blocks one by one, for good: by itself it soon takes those below 32 MiB
+    from a heap, where what is freed stays between blocks that live on. Smaller blocks are better
+    off there: pages that are mapped anew are cleared anew.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def _return_free_memory() -> None:

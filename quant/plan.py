@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ from .embedding import check_embedding
 from .errors import QuantError, SourceError
 from .formats import check_format, embedding_matrix, weight_bytes
 from .gptq import ROWS_AT_ONCE as SOLVER_ROWS
-from .gptq import SolverConfig, solve
+from .gptq import SOLVED_AT_ONCE, SolverConfig, rows_at_once, solve
 from .layers import find_layers, is_router
 from .pipeline import (
-    BATCH_SIZE,
     DEFAULT_ACTIVATION_MEMORY_BYTES,
     DEFAULT_NUM_SEQUENCES,
     DEFAULT_SEQUENCE_LENGTH,
+    batch_size,
 )
+from .products import product_dtype, resolve_precision
 from .skeleton import Skeleton
 from .stages import CODES_AT_ONCE, ROWS_AT_ONCE
 from .units import format_bytes, format_seconds
@@ -56,10 +57,12 @@ GPU_MEMORY_MIB = {
 USABLE_GPU_FRACTION = 0.9
 
 # Where the memory of a run goes, beside what follows from shapes alone.
-PROCESS_BYTES = 450 << 20  # measured after the imports
+PROCESS_BYTES = 460 << 20  # measured after the imports and a first product
+TOKENIZER_BYTES = 1400  # of an entry of the vocabulary, measured on one of 49,152
 SUM_BYTES = 4  # of K * K: a triangle in fp64
-DRIFT_BYTES = 8 + 4  # of a number in the drift's sum: fp64, and fp32 when it is finished
+DRIFT_BYTES = 8 + 4  # of a number in the drift's sum: fp64, and fp32 when a product is added
 FACTOR_BYTES = 4 + 8  # of K * K: the Hessian in fp32 and its factor in fp64
+SOLVER_BYTES = 36  # of K * N for the rows that are solved together: targets, codes, slopes
 ROW_BYTES = 24  # of K * N for the rows that are packed together: wide codes and their periods
 CODE_BYTES = 1  # of K * N for the layers of a group, before they are packed
 PAUSED_STATES = 6  # hidden states that attention holds: residual, normed, q, k, v, output
@@ -125,6 +128,7 @@ class Rates:
     """How fast this machine is."""
 
     matmul: float  # fp32 operations in a second
+    product: float  # of linear layers in a forward pass: bfloat16 where that is faster
     matmul64: float  # fp64 operations in a second
     copy: float  # bytes read in a second
     solver_column: float  # seconds of the solver for an input feature of a layer
@@ -237,7 +241,7 @@ def plan_model(
         num_bytes_packed=num_bytes,
         bits_per_weight=bits_per_weight(quantized, config.checkpoint_format),
         num_calibration_tokens=num_sequences * length,
-        memory=_memory(model, num_sequences, length, activation_memory_bytes),
+        memory=_memory(model, num_sequences, length, activation_memory_bytes, solver),
         time=_time(model, num_sequences, length, rates or measure_rates(), solver),
         gpu=None if gpu_name is None else _gpu_fit(gpu_name, model, num_bytes, kv_tokens),
     )
@@ -453,12 +457,18 @@ def bits_per_weight(linears: Sequence[Linear], checkpoint_format: str) -> float:
 # Memory
 
 
-def _memory(model: _Model, num_sequences: int, length: int, activation_memory_bytes: int) -> Phase:
+def _memory(
+    model: _Model,
+    num_sequences: int,
+    length: int,
+    activation_memory_bytes: int,
+    solver: SolverConfig,
+) -> Phase:
     """The phase of the run that needs most; its terms are in use at once."""
     drawing = 4 * model.num_parameters  # only done where it fits the activations' limit
     phases = {
         **_embedding_phases(model),
-        **_layer_phases(model, num_sequences, length, activation_memory_bytes),
+        **_layer_phases(model, num_sequences, length, activation_memory_bytes, solver),
         "drawing calibration text": {
             "the whole model, fp32": drawing if drawing <= activation_memory_bytes else 0
         },
@@ -468,7 +478,12 @@ def _memory(model: _Model, num_sequences: int, length: int, activation_memory_by
         },
     }
     name = max(phases, key=lambda phase: sum(phases[phase].values()))
-    terms = {"Python, torch and transformers": PROCESS_BYTES, **phases[name]}
+    vocabulary = int(getattr(model.config, "vocab_size", 0))
+    terms = {
+        "Python, torch and transformers": PROCESS_BYTES,
+        "the tokenizer": TOKENIZER_BYTES * vocabulary,
+        **phases[name],
+    }
     return Phase(
         name=name, terms=tuple(Term(label=label, num_bytes=size) for label, size in terms.items())
     )
@@ -490,46 +505,99 @@ def _embedding_phases(model: _Model) -> dict[str, dict[str, int]]:
 
 
 def _layer_phases(
-    model: _Model, num_sequences: int, length: int, limit_bytes: int
+    model: _Model, num_sequences: int, length: int, limit_bytes: int, solver: SolverConfig
 ) -> dict[str, dict[str, int]]:
-    """Around the widest Hessian of the largest layer: while it is added up, and while it is used.
+    """Of all groups of layers the one that needs most, while its sums grow and while it is solved.
 
-    A pass that is paused before the widest matrix holds less than one paused inside attention.
     Where drift is corrected, the 16-bit model passes through the layer as well.
     """
-    groups, models = model.groups(), 2 if model.corrects_drift else 1
-    columns = max((group[0].in_features for group in groups), default=0)
-    rows = max((linear.out_features for group in groups for linear in group), default=0)
-    weights = max((sum(linear.num_weights for linear in group) for group in groups), default=0)
     hidden, state = int(model.config.hidden_size), 4 * length
-    in_attention = PAUSED_STATES * hidden
-    paused = 2 * hidden + columns if columns > hidden else in_attention
-    keeps_paused = models * num_sequences * state * max(paused, in_attention) <= limit_bytes
-    widest = [group for group in groups if group[0].in_features == columns]
-    drift = max((_drift_weights(group) for group in widest), default=0) * (models - 1)
-    common = {
-        "the decoder layer, fp32": 4 * model.largest_layer(),
-        "the same at 16 bits": 2 * model.largest_layer() * (models - 1),
-        "its packed weights": model.largest_packed_layer(),
-        "activations between layers": min(models * num_sequences * state * hidden, limit_bytes),
-        "activations in the layer": models * num_sequences * state * paused * keeps_paused,
-    }
-    batch = min(num_sequences, BATCH_SIZE) * state * PASS_WIDTH * max(hidden, columns)
-    at_once = ROW_BYTES * columns * min(rows, ROWS_AT_ONCE) + CODE_BYTES * weights
+    num_passes = num_sequences + _num_drift_sequences(num_sequences, length, solver)
+    in_order = list(_in_order(model.groups()))
+    widths = [_paused_width(group, hidden, before) for group, before, _ in in_order]
+    most = max([PAUSED_STATES * hidden, *widths])
+    keeps_paused = num_passes * state * most <= limit_bytes
+    needs: dict[str, dict[str, int]] = {}
+    for (group, before, last), width in zip(in_order, widths, strict=True):
+        columns = group[0].in_features
+        weights = sum(linear.num_weights for linear in group)
+        rows = max(linear.out_features for linear in group)
+        common = {
+            "its packed weights": model.largest_packed_layer(),
+            "activations between layers": min(num_passes * state * hidden, limit_bytes),
+            "activations in the layer": num_passes * state * width * keeps_paused,
+        }
+        early = num_passes < 2 * num_sequences  # the drift's Hessian is not that of all tokens
+        drift = _drift_weights(group) if model.corrects_drift else 0
+        batch = min(num_sequences, batch_size(length)) * state * PASS_WIDTH * max(hidden, columns)
+        codes = max(
+            SOLVER_BYTES * min(SOLVED_AT_ONCE, columns * min(rows, SOLVER_ROWS)),
+            ROW_BYTES * min(CODES_AT_ONCE, columns * min(rows, ROWS_AT_ONCE)),
+        )
+        found = {
+            "adding up a Hessian": {
+                **_layer_terms(model, solver, before, last if keeps_paused else before),
+                **common,
+                "the Hessian": SUM_BYTES * columns**2 * (2 if early and drift else 1),
+                "the drift": DRIFT_BYTES * drift,
+                "one batch of a forward pass": batch,
+            },
+            "solving": {
+                **_layer_terms(model, solver, before, 0 if keeps_paused else before),
+                **common,
+                "the Hessian and its factor": FACTOR_BYTES * columns**2
+                + SUM_BYTES * columns**2 * (1 if early and drift else 0),
+                "what the outputs lack": 4 * weights * (1 if drift else 0),
+                "codes being found and packed": codes + CODE_BYTES * weights,
+            },
+        }
+        needs = {
+            phase: max(terms, needs.get(phase, {}), key=lambda terms: sum(terms.values()))
+            for phase, terms in found.items()
+        }
+    return needs
+
+
+def _in_order(groups: Sequence[Sequence[Linear]]) -> Iterator[tuple[Sequence[Linear], int, int]]:
+    """Each group, the weights of all groups before it in its layer, and those of the last one."""
+    layer, before, last = None, 0, 0
+    for group in groups:
+        if group[0].layer != layer:
+            layer, before, last = group[0].layer, 0, 0
+        yield group, before, last
+        last = sum(linear.num_weights for linear in group)
+        before += last
+
+
+def _layer_terms(model: _Model, solver: SolverConfig, finished: int, held: int) -> dict[str, int]:
+    """The decoder layer when so many of its weights are quantized, and of these so many still held.
+
+    Finished weights are held as they are multiplied; of the 16-bit model the same ones are.
+    """
+    narrow = product_dtype(resolve_precision(solver.precision)).itemsize
+    open_ = model.largest_layer() - finished
     return {
-        "adding up a Hessian": {
-            **common,
-            "the Hessian": SUM_BYTES * columns**2,
-            "the drift": DRIFT_BYTES * drift,
-            "one batch of a forward pass": batch,
-        },
-        "solving": {
-            **common,
-            "the Hessian and its factor": FACTOR_BYTES * columns**2,
-            "what the outputs lack": 4 * drift,
-            "codes being found and packed": at_once,
-        },
+        "the decoder layer, fp32": 4 * open_ + narrow * held,
+        "the same at 16 bits": 2 * (open_ + held) * model.corrects_drift,
     }
+
+
+def _num_drift_sequences(num_sequences: int, length: int, solver: SolverConfig) -> int:
+    """Those that the 16-bit model sees: whole batches."""
+    if solver.drift == "none":
+        return 0
+    size = batch_size(length)
+    return min(num_sequences, size * -(-solver.drift_tokens // (size * length)))
+
+
+def _paused_width(group: Sequence[Linear], hidden: int, before: int) -> int:
+    """Features of a token that a pass holds when it is paused before the group, which has `before`
+    weights before it in its layer: few at the layer's beginning, most inside attention.
+    """
+    columns = group[0].in_features
+    if columns > hidden:
+        return 2 * hidden + columns
+    return (PAUSED_STATES if before else 2) * hidden
 
 
 def _drift_weights(group: Sequence[Linear]) -> int:
@@ -550,6 +618,7 @@ def measure_rates() -> Rates:
     per_weight = max(large - small, 0.0) / (PROBE_COLUMNS * (many - few))
     return Rates(
         matmul=_matmul_rate(torch.float32),
+        product=_matmul_rate(product_dtype(resolve_precision("auto"))),
         matmul64=_matmul_rate(torch.float64),
         copy=_copy_rate(),
         solver_column=max(small / PROBE_COLUMNS - few * per_weight, 0.0),
@@ -560,8 +629,10 @@ def measure_rates() -> Rates:
 def _time(
     model: _Model, num_sequences: int, length: int, rates: Rates, solver: SolverConfig
 ) -> tuple[tuple[str, float], ...]:
+    drift_tokens = length * _num_drift_sequences(num_sequences, length, solver)
     models = 2 if model.corrects_drift else 1
     tokens = num_sequences * length
+    seen = (tokens + drift_tokens) / tokens  # by both models
     groups = model.groups()
     attention = 2 * tokens * length * int(model.config.hidden_size) * model.num_layers
     inside = [linear for linear in model.linears if linear.layer is not None]
@@ -569,11 +640,11 @@ def _time(
     squares = sum(group[0].share * group[0].in_features ** 2 for group in groups)
     factors = sum(FACTOR_OPERATIONS * group[0].in_features ** 3 for group in groups)
     solving = sum(_solving_seconds(group, rates, solver.descent_sweeps) for group in groups)
-    drift = DRIFT_OPERATIONS * tokens * sum(map(_drift_weights, groups)) * (models - 1)
+    drift = DRIFT_OPERATIONS * drift_tokens * sum(map(_drift_weights, groups))
     table = 0 if model.embedding is None else model.embedding.num_weights
     return (
         ("reading weights", 2 * models * model.num_parameters / rates.copy),
-        ("forward passes", models * (passes + attention) / rates.matmul),
+        ("forward passes", seen * (passes / rates.product + attention / rates.matmul)),
         ("Hessians", HESSIAN_OPERATIONS * tokens * squares / rates.matmul),
         *([("drift", drift / rates.matmul)] if drift else []),
         ("factors", factors / rates.matmul64),
@@ -584,7 +655,7 @@ def _time(
 def _solving_seconds(group: Sequence[Linear], rates: Rates, sweeps: int) -> float:
     columns = group[0].in_features
     weights = sum(linear.num_weights for linear in group)
-    slices = sum(-(-linear.out_features // SOLVER_ROWS) for linear in group)
+    slices = sum(-(-linear.out_features // rows_at_once(columns)) for linear in group)
     operations = SOLVER_OPERATIONS + SWEEP_OPERATIONS * sweeps
     products = operations * weights * columns / rates.matmul
     return slices * columns * rates.solver_column + weights * rates.solver_weight + products

@@ -6,10 +6,12 @@ Knows nothing of files: what is finished is an `Entry`. Shapes: K input and N ou
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +28,11 @@ from .hessian import HessianSum
 from .journal import Entry
 from .layers import LayeredModel
 from .passes import LayerPasses, paused_bytes
+from .products import product_dtype
 from .report import ModuleReport
 
 ROWS_AT_ONCE = 2048  # of a matrix that are packed or put in place together, to save memory
-CODES_AT_ONCE = 1 << 25  # of a matrix that are packed together, where its rows are very long
+CODES_AT_ONCE = 1 << 22  # of a matrix that are packed together, where its rows are long
 HEAD_ROWS = 16384  # of the output head that are solved together
 # A routed expert that saw a smaller share of the tokens has a Hessian that says too little; the
 # share is GPTQModel's.
@@ -58,12 +61,22 @@ Taken = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """What the outputs of layers that read the same inputs lack."""
+
+    sums: list[Tensor]  # [N_i, K] fp32 each, see `DriftSum`
+    hessian: Tensor | None  # [K, K] fp32 of the same tokens, where these are not all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """The calibration text as this process sees it."""
 
     batches: Sequence[int]  # this process's
-    num_sequences: int  # in those batches
-    own_tokens: int  # in those batches
+    drift_batches: Sequence[int]  # of those, where the 16-bit model passes beside
+    all_drift: bool  # it does in every batch of the run
+    num_passes: int  # sequences of this process, of both models
+    own_tokens: int  # in `batches`
     num_tokens: int  # of the whole run
 
 
@@ -86,6 +99,7 @@ class LayerQuantizer:
         self._model = model
         self._config = config
         self._solver = solver
+        self._products = product_dtype(solver.precision)
         self._calibration = calibration
         self._store = store
         self._wanted = wanted  # the 16-bit model's hidden states, where drift is corrected
@@ -98,21 +112,28 @@ class LayerQuantizer:
         with self._ranks.together():
             layer = load_layer(self._model, index)
             groups = find_targets(self._model, layer, index, self._config)
+        layers = [layer]
         packed: dict[str, PackedWeight] = {}
         reports: list[ModuleReport] = []
         with ExitStack() as stack:
-            passes = stack.enter_context(self._passes(layer, index, groups, self._store))
+            passes = stack.enter_context(self._passes(layer, index, groups))
             wanted = None
+            num_drift = len(self._calibration.drift_batches)
             if self._wanted is not None:
-                original = self._model.load_layer(index, as_stored=True)
-                wanted = stack.enter_context(self._passes(original, index, groups, self._wanted))
+                original = self._model.load_layer(index, products=self._products)
+                layers.append(original)
+                wanted = stack.enter_context(self._passes(original, index, groups, wanted=True))
             for i, group in enumerate(groups):
                 linears = [_linear(layer, target.name) for target in group.targets]
                 taken = passes.inputs_and_streams(i)
                 goals = None if wanted is None else wanted.inputs_and_streams(i)
-                weights, found = self._quantize_group(group, linears, _pairs(taken, goals))
+                pairs = _pairs(taken, goals, num_drift)
+                if passes.keeps_paused and i:
+                    passed = [target.name for target in groups[i - 1].targets]
+                    pairs = _then_forget(pairs, passed, layers)
+                weights, found = self._quantize_group(group, linears, pairs)
                 for target, linear, weight in zip(group.targets, linears, weights, strict=True):
-                    install(linear, weight)
+                    install(linear, weight, self._products)
                     packed[target.full_name] = weight
                 reports += found
                 self._on_group(found)
@@ -126,14 +147,17 @@ class LayerQuantizer:
 
     def replay_layer(self, index: int, entry: Entry) -> None:
         """Leave a finished layer's outputs in the store; the same numbers as when it was made."""
+        if self._wanted is not None:
+            original = self._model.load_layer(index, products=self._products)
+            with self._passes(original, index, [], wanted=True) as passes:
+                self._keep_outputs(index, passes.outputs(), self._wanted)
+            del original
         layer = load_layer(self._model, index)
         groups = find_targets(self._model, layer, index, self._config)
-        if self._wanted is not None:
-            with self._passes(layer, index, [], self._wanted) as passes:
-                self._keep_outputs(index, passes.outputs(), self._wanted)
         for target in (target for group in groups for target in group.targets):
-            install(_linear(layer, target.name), entry.packed[target.full_name])
-        with self._passes(layer, index, [], self._store) as passes:
+            weight = entry.packed[target.full_name]
+            install(_linear(layer, target.name), weight, self._products)
+        with self._passes(layer, index, []) as passes:
             self._keep_outputs(index, passes.outputs(), self._store)
 
     def quantize_head(self, weight: Tensor, bias: Tensor | None) -> Entry:
@@ -175,13 +199,13 @@ class LayerQuantizer:
         """`pairs`: what the group is given in each batch, and what the 16-bit model's would be."""
         started = time.monotonic()
         targets, weights = group.targets, [linear.weight for linear in linears]
-        summed, drifts = self._sum(weights, pairs, has_residual=group.stream is not None)
+        summed, drift = self._sum(weights, pairs, has_residual=group.stream is not None)
         with self._ranks.together():
             hessian, fallback = self._choose_hessian(targets[0], summed)
         solutions = solve_together(
-            targets, weights, hessian, self._solver, self._ranks, drifts=drifts, fallback=fallback
+            targets, weights, hessian, self._solver, self._ranks, drift=drift, fallback=fallback
         )
-        del hessian
+        del hessian, drift
         packed = [
             pack(solution.quantized, linear.bias)
             for solution, linear in zip(solutions, linears, strict=True)
@@ -194,19 +218,21 @@ class LayerQuantizer:
         pairs: Iterable[tuple[Taken, Taken | None]],
         *,
         has_residual: bool,
-    ) -> tuple[HessianSum, list[Tensor] | None]:
+    ) -> tuple[HessianSum, Drift | None]:
         """The Hessian and the drift over the batches of all ranks.
 
         There is no drift without the 16-bit model's hidden states, nor where a router sent other
         tokens to the layer than it would have at 16 bits.
         """
         summed = HessianSum(weights[0].shape[1])
-        drift = None
+        drift = early = None
         if self._wanted is not None:
-            drift = DriftSum(weights, has_residual=has_residual)
+            drift = DriftSum(weights, has_residual=has_residual, products=self._products)
         num_strayed = torch.tensor(0)
         with self._ranks.together():
             for (inputs, stream), wanted in pairs:
+                if wanted is None and early is None and drift is not None:
+                    early = copy.deepcopy(summed)
                 summed.add(inputs)
                 if drift is None or wanted is None:
                     continue
@@ -216,13 +242,19 @@ class LayerQuantizer:
                 lacking = None if stream is None or wanted[1] is None else wanted[1] - stream
                 drift.add(inputs, wanted[0], lacking)
         num_strayed += summed.num_tokens != self._calibration.own_tokens
+        if drift is not None and early is None and not self._calibration.all_drift:
+            early = copy.deepcopy(summed)
         self._add_over_ranks(summed)
         if drift is None:
             return summed, None
         self._ranks.add(num_strayed)
         for part in drift.sums:
             self._ranks.add(part)
-        return summed, None if int(num_strayed) else drift.finish()
+        if early is not None:
+            self._add_over_ranks(early)
+        if int(num_strayed):
+            return summed, None
+        return summed, Drift(sums=drift.finish(), hessian=None if early is None else early.finish())
 
     def _sum_hessian(self, num_features: int, inputs: Iterable[Tensor]) -> HessianSum:
         """Over the batches of all ranks."""
@@ -251,8 +283,16 @@ class LayerQuantizer:
         return summed.finish(), None
 
     def _passes(
-        self, layer: nn.Module, index: int, groups: Sequence[TargetGroup], store: ActivationStore
+        self,
+        layer: nn.Module,
+        index: int,
+        groups: Sequence[TargetGroup],
+        *,
+        wanted: bool = False,
     ) -> LayerPasses:
+        """Through the quantized model's layer, or, with `wanted`, the 16-bit one's."""
+        store = self._wanted if wanted else self._store
+        assert store is not None
         names = [[target.name for target in group.targets] for group in groups]
         streams = (
             {i: group.stream for i, group in enumerate(groups) if group.stream is not None}
@@ -266,10 +306,11 @@ class LayerQuantizer:
         def load(batch: int) -> Tensor:
             return store.get(index, batch)
 
-        batches = self._calibration.batches
+        calibration = self._calibration
+        batches = calibration.drift_batches if wanted else calibration.batches
         with self._ranks.together():
             held = paused_bytes(layer, names, forward, load(batches[0])[:1]) if batches else 0
-        held *= self._calibration.num_sequences * (1 if self._wanted is None else 2)
+        held *= calibration.num_passes
         return LayerPasses(
             layer,
             names,
@@ -291,11 +332,25 @@ class LayerQuantizer:
 
 
 def _pairs(
-    taken: Iterator[Taken], wanted: Iterator[Taken] | None
+    taken: Iterator[Taken], wanted: Iterator[Taken] | None, count: int
 ) -> Iterator[tuple[Taken, Taken | None]]:
-    if wanted is not None:
-        return zip(taken, wanted, strict=True)
-    return ((one, None) for one in taken)
+    """`wanted` is there for the first `count` batches."""
+    pairs = zip(islice(taken, count), () if wanted is None else wanted, strict=True)
+    return chain(pairs, ((one, None) for one in taken))
+
+
+def _then_forget(
+    pairs: Iterator[tuple[Taken, Taken | None]],
+    names: Sequence[str],
+    layers: Sequence[nn.Module],
+) -> Iterator[tuple[Taken, Taken | None]]:
+    """Once all pairs are taken, the linear layers of these names, which no pass needs any more,
+    give their weights' memory back.
+    """
+    yield from pairs
+    for layer in layers:
+        for name in names:
+            _linear(layer, name).weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
 def load_layer(model: LayeredModel, index: int) -> nn.Module:
@@ -344,23 +399,31 @@ def solve_together(
     solver: SolverConfig,
     ranks: Ranks,
     *,
-    drifts: Sequence[Tensor] | None = None,
+    drift: Drift | None = None,
     fallback: str | None = None,
 ) -> list[Solution]:
     """Solve layers that read the same inputs; each rank a part of every layer's rows.
 
-    weights [N_i, K] fp32, hessian [K, K] fp32, which may be overwritten; `drifts` and `fallback` as
-    in `solve`. Rows do not influence each other, so the codes are those that one process finds.
-    Raises SolverError that names the layer.
+    weights [N_i, K] fp32, hessian [K, K] fp32, which, like `drift`, may be overwritten;
+    `fallback` as in `solve`. Rows do not influence each other, so the codes are those that one
+    process finds. Raises SolverError that names the layer.
     """
     own = [ranks.slices(len(weight))[ranks.rank] for weight in weights]
     rows = [weight[part] for weight, part in zip(weights, own, strict=True)]
-    if drifts is not None:
-        drifts = [drift[part] for drift, part in zip(drifts, own, strict=True)]
+    parts = [] if drift is None else zip(drift.sums, own, strict=True)
+    drifts = None if drift is None else [sums[part] for sums, part in parts]
     configs = [target.config for target in targets]
     with ranks.together():
         try:
-            solutions = solve(rows, hessian, configs, solver, drifts=drifts, fallback=fallback)
+            solutions = solve(
+                rows,
+                hessian,
+                configs,
+                solver,
+                drifts=drifts,
+                drift_hessian=None if drift is None else drift.hessian,
+                fallback=fallback,
+            )
         except SolverError as error:
             raise SolverError(f"{targets[0].full_name}: {error}") from None
     if ranks.world_size == 1:
@@ -399,12 +462,14 @@ def pack(quantized: QuantizedWeight, bias: Tensor | None) -> PackedWeight:
     return replace(packed, bias=None if bias is None else to_fp16({"bias": bias})["bias"])
 
 
-def install(linear: nn.Linear, weight: PackedWeight) -> None:
-    """Put the weight that other programs will read from the checkpoint into the layer."""
+def install(linear: nn.Linear, weight: PackedWeight, products: torch.dtype) -> None:
+    """Put the weight that other programs will read from the checkpoint into the layer, as exactly
+    as `products` holds it.
+    """
+    dense = torch.empty(linear.weight.shape, dtype=products)
     for outputs in torch.arange(weight.out_features).split(ROWS_AT_ONCE):
-        linear.weight.data[outputs[0] : outputs[-1] + 1] = dequantize(
-            select_outputs(weight, outputs)
-        )
+        dense[outputs[0] : outputs[-1] + 1] = dequantize(select_outputs(weight, outputs))
+    linear.weight = nn.Parameter(dense, requires_grad=False)
 
 
 def make_reports(

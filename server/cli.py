@@ -228,6 +228,8 @@ SOLVER_OPTIONS = (
     "signed_scales",
     "descent_sweeps",
     "drift",
+    "drift_tokens",
+    "precision",
 )
 
 
@@ -270,6 +272,18 @@ def _add_solver_options(parser: argparse.ArgumentParser) -> None:
         "--drift",
         help="what a layer makes up for beside its rounding: nothing (none), its inputs' errors "
         "(inputs), the residual stream's too (stream) (default: stream)",
+        **options,
+    )
+    parser.add_argument(
+        "--drift-tokens",
+        type=int,
+        help="of the calibration text that this is measured on, at most (default: 16384)",
+        **options,
+    )
+    parser.add_argument(
+        "--precision",
+        help="of linear layers while calibration text passes through them: bfloat16, float32, or "
+        "the faster of the two on this processor (auto) (default: auto)",
         **options,
     )
 

@@ -35,7 +35,9 @@ from torch import Tensor
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENGTHS = {"num_sequences": 8, "sequence_length": 32}
-RATES = Rates(matmul=1e11, matmul64=5e10, copy=1e10, solver_column=1e-5, solver_weight=1e-8)
+RATES = Rates(
+    matmul=1e11, product=1e11, matmul64=5e10, copy=1e10, solver_column=1e-5, solver_weight=1e-8
+)
 EMBEDDINGS = {
     "llama": "model.embed_tokens",
     "gpt2": "transformer.wte",

@@ -63,7 +63,7 @@ def solve_one(
     fallback: str | None = None,
 ) -> Solution:
     module = ModuleConfig(bits=bits, group_size=group_size, sym=sym)
-    drifts = None if drift is None else [drift]
+    drifts = None if drift is None else [drift.clone()]
     (solution,) = solve(
         [weight], hessian.clone(), [module], config, drifts=drifts, fallback=fallback
     )
@@ -299,7 +299,8 @@ def test_layers_that_share_a_hessian_come_out_as_if_alone(act_order: str) -> Non
     drifts = [seeded(len(weight), 72, seed=len(weight)) for weight in weights]
     hessian = hessian_of(correlated_inputs(300, 72))
     config = SolverConfig(act_order=act_order)
-    together = solve(weights, hessian.clone(), modules, config, drifts=drifts)
+    own = [drift.clone() for drift in drifts]  # rewritten
+    together = solve(weights, hessian.clone(), modules, config, drifts=own)
     assert len(together) == 4
     for weight, module, drift, joint in zip(weights, modules, drifts, together, strict=True):
         (alone,) = solve([weight], hessian.clone(), [module], config, drifts=[drift])

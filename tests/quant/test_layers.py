@@ -138,7 +138,7 @@ def test_a_layer_as_it_is_stored_computes_the_same(family: Path) -> None:
     model = layered(family)
     hidden = model.embed(random_ids(2, 9))
     for index in range(model.num_layers):
-        plain, stored = model.load_layer(index), model.load_layer(index, as_stored=True)
+        plain, stored = model.load_layer(index), model.load_layer(index, products=torch.float32)
         weights = [m.weight for m in stored.modules() if isinstance(m, torch.nn.Linear)]
         assert weights and all(weight.dtype == torch.float16 for weight in weights)
         with torch.inference_mode():

@@ -1,0 +1,55 @@
+"""What linear layers compute in while calibration text passes through them.
+
+Processors that multiply bfloat16 do so twice as fast as fp32. Sums stay in fp32, and so does all
+else: the residual stream, Hessians, the solver. What that costs stands in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS_AT_ONCE = 8192  # of a matrix as it is stored, converted to fp32 at a time
+PRECISIONS = ("auto", "bfloat16", "float32")
+
+
+def resolve_precision(name: str) -> str:
+    """One of PRECISIONS -> "bfloat16" or "float32"; auto is the faster one on this processor."""
+    if name != "auto":
+        return name
+    found = torch.cpu.get_capabilities()
+    return "bfloat16" if found.get("avx512_bf16") or found.get("amx_bf16") else "float32"
+
+
+def product_dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def project(hidden: Tensor, *, linear: Any) -> Tensor:
+    """hidden @ weight.T + bias in fp32; on a bfloat16 weight all but the sums is rounded to that.
+
+    The weight's dtype is looked at when it is used: a layer may get another one in mid-pass.
+    """
+    if linear.weight.dtype != torch.bfloat16:
+        return F.linear(hidden, linear.weight, linear.bias)
+    output = F.linear(hidden.to(torch.bfloat16), linear.weight).to(torch.float32)
+    return output if linear.bias is None else output + linear.bias
+
+
+def project_in_fp32(hidden: Tensor, *, linear: Any) -> Tensor:
+    """hidden @ weight.T + bias, with few of the rows of a 16-bit weight converted at a time."""
+    parts = [F.linear(hidden, rows.float()) for rows in linear.weight.split(ROWS_AT_ONCE)]
+    output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return output if linear.bias is None else output + linear.bias
+
+
+def compute_with(projection: Callable[..., Tensor], linear: nn.Linear) -> None:
+    """Make `projection`, one of the two, the layer's forward pass."""
+    # A proxy: a cycle would keep the layer until the garbage collector comes by.
+    linear.forward = partial(projection, linear=weakref.proxy(linear))  # type: ignore[method-assign]
