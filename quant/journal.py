@@ -31,6 +31,7 @@ FINGERPRINT_FILE = "run.json"
 CALIBRATION_FILE = "calibration.safetensors"
 WIDTHS_FILE = "widths.json"
 DIGESTS_FILE = "digests.json"
+SECONDS_FILE = "seconds.json"
 PARTIAL_FOLDER = "checkpoint"
 HEAD = "head"  # the name of the entry for the output head
 EMBEDDING = "embedding"  # and for the input embedding
@@ -158,6 +159,14 @@ class Journal:
     def read_widths(self) -> dict[str, int] | None:
         """None: they were not chosen yet."""
         return self._read_json(WIDTHS_FILE)
+
+    def write_seconds(self, seconds: float) -> None:
+        """How long the run has taken so far."""
+        self._write_json(SECONDS_FILE, {"seconds": seconds})
+
+    def read_seconds(self) -> float:
+        """0 before the first layer is finished."""
+        return float((self._read_json(SECONDS_FILE) or {}).get("seconds", 0.0))
 
     def _write_json(self, file: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(dict(content), indent=2)

@@ -55,9 +55,10 @@ DEFAULT_NUM_SEQUENCES = 16
 DEFAULT_SEQUENCE_LENGTH = 512
 DEFAULT_ACTIVATION_MEMORY_BYTES = 2 << 30
 MIN_TARGET_BPW, MAX_TARGET_BPW = 2.0, 16.0
-# Tokens in one forward pass. With 4,096 its intermediate results leave the processor's cache, and
-# attention, norms and activations take four times as long.
+# Tokens in one forward pass, about. With 4,096 its intermediate results leave the processor's
+# cache: norms, activations and rotary embeddings take some four times as long.
 BATCH_TOKENS = 1024
+MAX_BATCH_SIZE = 8  # sequences in one forward pass
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 4 << 20  # glibc's name of the option, and its value
 MAX_SCANNED_BYTES = 1 << 30  # of a source whose every weight is looked at before work starts
 _NOT_WEIGHTS = (".bias", ".g_idx", ".weight_shape")  # what says nothing of a weight's precision
@@ -163,7 +164,7 @@ def _prepare(settings: Settings) -> _Prepared:
         raise QuantError("lm_head is true; this model has no output head")
     find_targets(model, load_layer(model, 0), 0, settings.config, check=settings.target_bpw is None)
     check_embedding(settings.config, model.embedding_name, *_table(model).shape)
-    _check_finite(source, model)
+    _check_values(source, model, settings.config)
     _check_disk(settings, source, model)
     text = None if documents is None else render(documents, source.tokenizer)
     return _Prepared(source=source, model=model, text=text)
@@ -218,6 +219,7 @@ class _Run:
         self._journal = journal
         self._ranks = ranks
         self._started = started
+        self._seconds_before = journal.read_seconds()  # of processes that were killed
         self._progress = progress and ranks.is_first
 
     def execute(self) -> QuantizeReport:
@@ -311,7 +313,16 @@ class _Run:
                 self._journal.write_widths(choose(candidates, target))
         widths = self._journal.read_widths()
         assert widths is not None
-        return with_widths(self._config, widths)
+        outside = {
+            self._model.embedding_name: self._config.embeddings,
+            self._model.head_name: self._config.lm_head,
+        }
+        others = [name for name, quantized in outside.items() if quantized and name is not None]
+        return with_widths(self._config, widths, others=others)
+
+    def _seconds(self) -> float:
+        """Of the run so far: those of earlier processes count up to their last finished layer."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def _is_written(self) -> bool:
         """Whether an earlier process gave OUT its name and was killed before it was done."""
@@ -367,6 +378,7 @@ class _Run:
         with self._ranks.together():
             if self._ranks.is_first:
                 self._journal.write_layer(index, entry)
+                self._journal.write_seconds(self._seconds())
         self._clean(stores, index + 1)
         _return_free_memory()
 
@@ -444,7 +456,7 @@ class _Run:
         return QuantizeReport(
             source=self._settings.source,
             settings={**self._settings.describe(), **dataclasses.asdict(self._config)},
-            seconds=time.monotonic() - self._started,
+            seconds=self._seconds(),
             num_calibration_tokens=num_tokens,
             num_bytes_16bit=_num_bytes_16bit(self._source),
             num_bytes_packed=totals.num_bytes,
@@ -464,7 +476,7 @@ class _Run:
 
 def batch_size(sequence_length: int) -> int:
     """Sequences in one forward pass."""
-    return max(1, BATCH_TOKENS // sequence_length)
+    return max(1, min(MAX_BATCH_SIZE, BATCH_TOKENS // sequence_length))
 
 
 class _Totals:
@@ -492,7 +504,7 @@ class _Totals:
 
 def _resolve(solver: SolverConfig, config: QuantConfig) -> SolverConfig:
     """What the run does on this machine: a restart on another one must do the same."""
-    precision = resolve_precision(solver.precision)
+    precision = resolve_precision(solver.precision, config.bits)
     return replace(solver, damp_percent=config.damp_percent, precision=precision)
 
 
@@ -547,15 +559,31 @@ def _table(model: LayeredModel) -> Tensor:
     return model.other_tensors()[f"{model.embedding_name}.weight"]
 
 
-def _check_finite(source: Source, model: LayeredModel) -> None:
-    """All of a small model; of a large one what stands outside the layers."""
+def _check_values(source: Source, model: LayeredModel, config: QuantConfig) -> None:
+    """All of a small model; of a large one what stands outside the layers.
+
+    Raises QuantError for a tensor that is not finite, or outside the layers beyond the fp16 range,
+    unless it is quantized.
+    """
     small = _num_bytes_16bit(source) <= MAX_SCANNED_BYTES
     names = sorted(source.places) if small else []
     tensors = {name: source.tensor(source.places[name]) for name in names}
-    for name, tensor in {**tensors, **model.other_tensors()}.items():
-        if not bool(torch.isfinite(tensor).all()):
+    outside = model.other_tensors()
+    for name, tensor in {**tensors, **outside}.items():
+        largest = max(abs(float(value)) for value in torch.aminmax(tensor))
+        if not math.isfinite(largest):
             raise QuantError(f"tensor {name} holds values that are not finite")
+        stays = name in outside and not _is_quantized(name, model, config)
+        if stays and largest > torch.finfo(torch.float16).max:
+            raise QuantError(f"tensor {name} holds values beyond the fp16 range")
     source.release()
+
+
+def _is_quantized(name: str, model: LayeredModel, config: QuantConfig) -> bool:
+    """Whether a tensor outside the layers is."""
+    if name == f"{model.embedding_name}.weight":
+        return config.for_embedding(model.embedding_name) is not None
+    return config.lm_head and name == f"{model.head_name}.weight"
 
 
 def _check_disk(settings: Settings, source: Source, model: LayeredModel) -> None:

@@ -32,7 +32,7 @@ from .pipeline import (
     DEFAULT_SEQUENCE_LENGTH,
     batch_size,
 )
-from .products import product_dtype, resolve_precision
+from .products import MAX_ROUNDED_BITS, product_dtype, resolve_precision
 from .skeleton import Skeleton
 from .stages import CODES_AT_ONCE, ROWS_AT_ONCE
 from .units import format_bytes, format_seconds
@@ -574,7 +574,7 @@ def _layer_terms(model: _Model, solver: SolverConfig, finished: int, held: int) 
 
     Finished weights are held as they are multiplied; of the 16-bit model the same ones are.
     """
-    narrow = product_dtype(resolve_precision(solver.precision)).itemsize
+    narrow = product_dtype(resolve_precision(solver.precision, model.quant_config.bits)).itemsize
     open_ = model.largest_layer() - finished
     return {
         "the decoder layer, fp32": 4 * open_ + narrow * held,
@@ -618,7 +618,7 @@ def measure_rates() -> Rates:
     per_weight = max(large - small, 0.0) / (PROBE_COLUMNS * (many - few))
     return Rates(
         matmul=_matmul_rate(torch.float32),
-        product=_matmul_rate(product_dtype(resolve_precision("auto"))),
+        product=_matmul_rate(product_dtype(resolve_precision("auto", MAX_ROUNDED_BITS))),
         matmul64=_matmul_rate(torch.float64),
         copy=_copy_rate(),
         solver_column=max(small / PROBE_COLUMNS - few * per_weight, 0.0),
@@ -633,6 +633,8 @@ def _time(
     models = 2 if model.corrects_drift else 1
     tokens = num_sequences * length
     seen = (tokens + drift_tokens) / tokens  # by both models
+    rounds = resolve_precision(solver.precision, model.quant_config.bits) == "bfloat16"
+    product = rates.product if rounds else rates.matmul
     groups = model.groups()
     attention = 2 * tokens * length * int(model.config.hidden_size) * model.num_layers
     inside = [linear for linear in model.linears if linear.layer is not None]
@@ -644,7 +646,7 @@ def _time(
     table = 0 if model.embedding is None else model.embedding.num_weights
     return (
         ("reading weights", 2 * models * model.num_parameters / rates.copy),
-        ("forward passes", seen * (passes / rates.product + attention / rates.matmul)),
+        ("forward passes", seen * (passes / product + attention / rates.matmul)),
         ("Hessians", HESSIAN_OPERATIONS * tokens * squares / rates.matmul),
         *([("drift", drift / rates.matmul)] if drift else []),
         ("factors", factors / rates.matmul64),

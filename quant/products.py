@@ -16,13 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS_AT_ONCE = 8192  # of a matrix as it is stored, converted to fp32 at a time
+MAX_ROUNDED_BITS = 4  # of weights beside which rounded products are negligible
 PRECISIONS = ("auto", "bfloat16", "float32")
 
 
-def resolve_precision(name: str) -> str:
-    """One of PRECISIONS -> "bfloat16" or "float32"; auto is the faster one on this processor."""
+def resolve_precision(name: str, bits: int) -> str:
+    """One of PRECISIONS -> "bfloat16" or "float32", for weights of so many bits.
+
+    auto is the faster one on this processor; but at 8 bits, where rounded products are no longer
+    negligible beside rounded weights (KL divergence 0.00043 instead of 0.00017), it is float32.
+    """
     if name != "auto":
         return name
+    if bits > MAX_ROUNDED_BITS:
+        return "float32"
     found = torch.cpu.get_capabilities()
     return "bfloat16" if found.get("avx512_bf16") or found.get("amx_bf16") else "float32"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -112,13 +112,21 @@ def choose(candidates: Sequence[Candidate], target_bpw: float) -> dict[str, int]
     }
 
 
-def with_widths(config: QuantConfig, widths: Mapping[str, int]) -> QuantConfig:
-    """The config that gives each layer those bits: the most frequent width, and rules beside it."""
+def with_widths(
+    config: QuantConfig, widths: Mapping[str, int], *, others: Collection[str] = ()
+) -> QuantConfig:
+    """The config that gives each layer those bits: the most frequent width, and rules beside it.
+
+    Modules called `others` keep the width that `config` gives them.
+    """
     if not widths:
         return config
     bits = Counter(widths.values()).most_common(1)[0][0]
+    kept = {name: config.bits for name in others if not config.has_rule(name)}
     rules = {
-        f"+:^{re.escape(name)}$": {"bits": width} for name, width in widths.items() if width != bits
+        f"+:^{re.escape(name)}$": {"bits": width}
+        for name, width in {**widths, **kept}.items()
+        if width != bits
     }
     return replace(config, bits=bits, dynamic={**config.dynamic, **rules})
 

@@ -283,7 +283,7 @@ def _add_solver_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         help="of linear layers while calibration text passes through them: bfloat16, float32, or "
-        "the faster of the two on this processor (auto) (default: auto)",
+        "the faster of the two on this processor, but float32 for 8 bits (auto) (default: auto)",
         **options,
     )
 

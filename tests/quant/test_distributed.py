@@ -12,6 +12,7 @@ from lowbit.quant import calibration
 from lowbit.quant.checkpoint import CheckpointReader
 from lowbit.quant.config import QuantConfig
 from lowbit.quant.distributed import Ranks, join_ranks
+from lowbit.quant.gptq import SolverConfig
 from lowbit.quant.pipeline import quantize
 
 # What two processes do together; each writes down what it saw.
@@ -108,6 +109,7 @@ def test_two_processes_find_the_codes_of_one(tiny_source: Path, tmp_path: Path) 
     text = tmp_path / "text"
     text.write_text(calibration.reference_text()[:20_000], encoding="utf-8")
     options = ["--calibration", str(text), "--num-sequences", "20", "--sequence-length", "128"]
+    options += ["--drift-tokens", "1024"]  # one of three batches
     arguments = ["quantize", str(tiny_source), str(tmp_path / "two"), *options]
     done = torchrun(tmp_path, QUANTIZE, *arguments, "--lm-head-bits", "8")
     assert done.stdout.count("wrote ") == 1
@@ -119,6 +121,7 @@ def test_two_processes_find_the_codes_of_one(tiny_source: Path, tmp_path: Path) 
             str(tiny_source),
             tmp_path / "one",
             config,
+            solver=SolverConfig(drift_tokens=1024),
             calibration_file=text,
             num_sequences=20,
             sequence_length=128,

@@ -287,6 +287,19 @@ def test_without_correlation_it_is_rounding_to_nearest() -> None:
     assert torch.equal(solved.codes, expected.to(torch.uint8))
 
 
+def test_drift_of_a_part_of_the_tokens_has_a_hessian_of_its_own() -> None:
+    """The weight that is rounded is W + E (H' + damping)^-1, with H' of the part."""
+    weight, inputs = seeded(40, 72, seed=1), correlated_inputs(300, 72)
+    whole, part = hessian_of(inputs), hessian_of(inputs[:150])
+    drift = 0.05 * seeded(40, 72, seed=2) @ part
+    moved = weight.double() + drift.double() @ torch.linalg.inv(damped(part))
+    module = ModuleConfig(bits=8, group_size=-1)
+    (found,) = solve([weight], whole.clone(), [module], PLAIN, drifts=[drift], drift_hessian=part)
+    (expected,) = solve([moved.float()], whole.clone(), [module], PLAIN)
+    same = found.quantized.codes == expected.quantized.codes
+    assert float(same.float().mean()) > 0.98
+
+
 @pytest.mark.parametrize("act_order", ACT_ORDERS)
 def test_layers_that_share_a_hessian_come_out_as_if_alone(act_order: str) -> None:
     modules = [

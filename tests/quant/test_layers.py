@@ -148,6 +148,22 @@ def test_a_layer_as_it_is_stored_computes_the_same(family: Path) -> None:
         hidden = expected
 
 
+def test_a_layer_in_bfloat16_computes_nearly_the_same(family: Path) -> None:
+    model = layered(family)
+    hidden = model.embed(random_ids(2, 9))
+    plain, rounded = model.load_layer(0), model.load_layer(0, products=torch.bfloat16)
+    for name, module in rounded.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            dtype = torch.float16 if is_router(name) else torch.bfloat16
+            assert module.weight.dtype == dtype and module.weight.is_contiguous()
+    with torch.inference_mode():
+        expected = model.call_layer(plain, 0, hidden)
+        found = model.call_layer(rounded, 0, hidden)
+    assert found.dtype == torch.float32
+    change = (found - expected).norm() / (expected - hidden).norm()
+    assert 0 < float(change) < 0.02
+
+
 def test_two_copies_of_a_layer_do_not_touch_each_other(tmp_path: Path) -> None:
     model = layered(save_family(tmp_path, "mixtral"))
     original, changed = model.load_layer(1), model.load_layer(1)

@@ -611,11 +611,11 @@ def test_an_activation_that_is_not_finite_is_named(
     assert message == f"{name}: its inputs hold values that are not finite"
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.input_layernorm.weight", "model.norm.weight"])
 def test_a_weight_beyond_the_fp16_range_is_named(
-    tiny_source: Path, run: Run, tmp_path: Path
+    tiny_source: Path, run: Run, tmp_path: Path, name: str
 ) -> None:
     """What is not quantized is stored in fp16, whatever it was."""
-    name = "model.layers.0.input_layernorm.weight"
 
     def enlarge(tensors: dict[str, Tensor]) -> None:
         tensors[name] = tensors[name].float()

@@ -132,6 +132,7 @@ def options(inputs: tuple[Path, Path]) -> list[str]:
     """Of a run with three batches, the last one smaller."""
     model, text = inputs
     length = ["--num-sequences", "20", "--sequence-length", "32", "--group-size", "32"]
+    length += ["--drift-tokens", "512"]  # two of three batches
     return [str(model), "--calibration", str(text), *length]
 
 

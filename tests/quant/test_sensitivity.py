@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,14 @@ def test_the_config_names_what_differs_from_most() -> None:
         assert module is not None and module.bits == bits
     assert config.bits == 3
     assert len(config.dynamic) == 2
+
+
+def test_what_stands_outside_the_layers_keeps_its_width() -> None:
+    base = replace(CONFIG, bits=8, lm_head=True, dynamic={"+:^head$": {"bits": 4}})
+    config = with_widths(base, {"a": 3, "b": 3}, others=["embedding", "head"])
+    embedding, head = config.for_module("embedding"), config.for_module("head")
+    assert embedding is not None and embedding.bits == 8
+    assert head is not None and head.bits == 4
 
 
 # a run
