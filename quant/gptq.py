@@ -69,8 +69,8 @@ class SolverConfig:
     drift: str = "stream"
     # What linear layers compute in while the calibration text passes through them: see `products`.
     precision: str = "auto"
-    # Of the calibration text, the drift is measured on as many tokens at most.
-    drift_tokens: int = 16384
+    # Of the calibration text, the drift is measured on as many tokens at most; None: on all.
+    drift_tokens: int | None = None
 
     def __post_init__(self) -> None:
         damp, norm, sweeps = self.damp_percent, self.scale_norm, self.descent_sweeps
@@ -89,7 +89,7 @@ class SolverConfig:
             raise SolverError(f"precision is {self.precision!r}; it must be one of {known}")
         if not 1 <= norm <= 8:
             raise SolverError(f"scale_norm is {norm!r}; it must lie in [1, 8]")
-        if self.drift_tokens < 1:
+        if self.drift_tokens is not None and self.drift_tokens < 1:
             raise SolverError(f"drift_tokens is {self.drift_tokens!r}; it must be at least 1")
         if not 0 <= sweeps <= 100:
             raise SolverError(f"descent_sweeps is {sweeps!r}; it must lie in [0, 100]")

@@ -293,6 +293,8 @@ class _Run:
         solver = self._settings.solver
         if solver.drift == "none":
             return 0
+        if solver.drift_tokens is None:
+            return len(batches)
         return min(len(batches), -(-solver.drift_tokens // batches[0].numel()))
 
     def _choose_widths(self, tokens: Tensor) -> QuantConfig:

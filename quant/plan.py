@@ -586,6 +586,8 @@ def _num_drift_sequences(num_sequences: int, length: int, solver: SolverConfig) 
     """Those that the 16-bit model sees: whole batches."""
     if solver.drift == "none":
         return 0
+    if solver.drift_tokens is None:
+        return num_sequences
     size = batch_size(length)
     return min(num_sequences, size * -(-solver.drift_tokens // (size * length)))
 

@@ -277,7 +277,7 @@ def _add_solver_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drift-tokens",
         type=int,
-        help="of the calibration text that this is measured on, at most (default: 16384)",
+        help="of the calibration text that this is measured on, at most: faster (default: all)",
         **options,
     )
     parser.add_argument(

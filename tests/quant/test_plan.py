@@ -186,9 +186,12 @@ def test_memory_is_that_of_one_layer_and_the_text() -> None:
     )
     assert held(alone)["activations between layers"] == states // 2
     assert held(alone)["the same at 16 bits"] == held(alone)["what the outputs lack"] == 0
-    # Of more text the 16-bit model sees 16,384 tokens.
-    more = plan(LLAMA_65B, num_sequences=64, sequence_length=512, activation_memory_bytes=8 * GIB)
-    assert held(more)["activations between layers"] == 3 * states
+    settings = {"num_sequences": 64, "sequence_length": 512, "activation_memory_bytes": 8 * GIB}
+    more = plan(LLAMA_65B, **settings)
+    assert held(more)["activations between layers"] == 4 * states
+    # The 16-bit model sees the drift's tokens only.
+    fewer = plan(LLAMA_65B, **settings, solver=SolverConfig(drift_tokens=16_384))
+    assert held(fewer)["activations between layers"] == 3 * states
     # Passes that wait inside the layer need no weight that they are past.
     waiting = plan(
         LLAMA_65B, num_sequences=16, sequence_length=512, activation_memory_bytes=8 * GIB
