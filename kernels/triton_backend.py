@@ -1,7 +1,7 @@
-"""The backend for NVIDIA GPUs: low-bit linear layers and what stands between them, in Triton.
+"""The backend for NVIDIA GPUs: low-bit linear layers, paged attention and the rest in Triton.
 
-Hidden states, keys and values are float16, sums float32. Attention gathers a sequence's blocks and
-calls PyTorch's kernel. Under TRITON_INTERPRET=1 all of it runs on the CPU, to be tested.
+Hidden states, keys and values are float16, sums float32. Under TRITON_INTERPRET=1 all of it runs on
+the CPU, to be tested.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import triton_attention as paged
 from . import triton_elementwise as elementwise
 from . import triton_linear as low_bit
 from .interface import (
@@ -36,18 +37,8 @@ class DenseLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class SequenceSpan:
-    """One sequence's rows of the step, its blocks, and what its rows may see."""
-
-    rows: slice
-    blocks: Tensor  # [blocks] int64
-    context_len: int
-    mask: Tensor | None  # [rows, context_len] bool; None: everything
-
-
-@dataclass(frozen=True, slots=True)
 class TritonPlan:
-    spans: list[SequenceSpan]
+    batch: ForwardBatch
 
 
 class TritonBackend(KernelBackend):
@@ -103,19 +94,37 @@ class TritonBackend(KernelBackend):
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return rotated.to(x.dtype)
 
+    def rope_and_store(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        num_heads: int,
+        cache: KVCache,
+        batch: ForwardBatch,
+    ) -> Tensor:
+        return paged.rope_and_store(
+            qkv, cos, sin, num_heads, cache.keys, cache.values, batch.slot_mapping
+        )
+
     # Attention
 
     def plan_attention(self, batch: ForwardBatch) -> TritonPlan:
-        starts = batch.query_start.tolist()
-        contexts = batch.context_lens.tolist()
-        return TritonPlan([_plan_span(batch, starts, contexts, i) for i in range(len(contexts))])
+        return TritonPlan(batch)
 
     def attention(self, q: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
         assert isinstance(plan, TritonPlan)
-        out = torch.empty_like(q)
-        for span in plan.spans:
-            out[span.rows] = _attend(q[span.rows], cache, span, scale)
-        return out.flatten(1)
+        batch = plan.batch
+        attended = paged.paged_attention(
+            q,
+            cache.keys,
+            cache.values,
+            batch.block_tables,
+            batch.query_start,
+            batch.context_lens,
+            scale,
+        )
+        return attended.flatten(1)
 
     def _hidden(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.hidden_dtype)
@@ -132,33 +141,6 @@ def _product(x: Tensor, layer: PreparedLinear, residual: Tensor | None = None) -
     assert isinstance(layer, DenseLinear)
     y = F.linear(x, layer.weight, layer.bias)
     return y if residual is None else y + residual
-
-
-def _plan_span(
-    batch: ForwardBatch, starts: list[int], contexts: list[int], index: int
-) -> SequenceSpan:
-    start, end, context_len = starts[index], starts[index + 1], contexts[index]
-    num_blocks = -(-context_len // batch.block_size)
-    positions = torch.arange(context_len, device=batch.block_tables.device)
-    visible = positions[None, :] <= positions[context_len - (end - start) :, None]
-    return SequenceSpan(
-        rows=slice(start, end),
-        blocks=batch.block_tables[index, :num_blocks].to(torch.int64),
-        context_len=context_len,
-        mask=None if end - start == 1 else visible,
-    )
-
-
-def _attend(q: Tensor, cache: KVCache, span: SequenceSpan, scale: float) -> Tensor:
-    """q [t, H, D] -> [t, H, D]."""
-    keys, values = (
-        blocks.index_select(0, span.blocks).flatten(0, 1)[: span.context_len].transpose(0, 1)[None]
-        for blocks in (cache.keys, cache.values)
-    )
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], keys, values, span.mask, scale=scale, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
 
 
 def create() -> TritonBackend:

@@ -74,8 +74,11 @@ def test_kernels_compile_to_what_makes_them_fast(
         assert kernel["stack_bytes"] == 0, describe(kernel)
         assert count(kernel, "STL", "LDL") == 0, describe(kernel)
         assert kernel["shared_bytes"] <= SHARED_BYTES[capability], describe(kernel)
-        if kernel["name"].startswith("gem"):
+        if kernel["name"].startswith(("gem", "prefill", "decode")):
             assert count(kernel, *LOADS) > 0, describe(kernel)
+        if kernel["name"].startswith(("gemm", "prefill", "decode")):
+            names = ("HMMA", "HGMMA", "UTCHMMA")
+            assert count(kernel, *names) > 0, describe(kernel)
         if kernel["name"].startswith("gemm"):
             assert count(kernel, TENSOR_CORE.get(capability, "HMMA")) > 0, describe(kernel)
         if kernel["name"].startswith("gemm") and capability in FROM_REGISTERS:

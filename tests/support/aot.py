@@ -21,6 +21,7 @@ from typing import Any
 import triton
 import triton.backends.nvidia
 import triton.language as tl
+from lowbit.kernels import triton_attention as attention
 from lowbit.kernels import triton_elementwise as elementwise
 from lowbit.kernels import triton_linear as linear
 from lowbit.kernels.tuning import GpuTuning, default_tuning
@@ -29,9 +30,17 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 NAMES = {tl.float16: "fp16", tl.bfloat16: "bf16"}
+ATTENTION_POINTERS = {
+    **dict.fromkeys(("q", "keys", "values", "out", "qkv", "queries"), "fp16"),
+    **dict.fromkeys(("block_tables", "query_start", "context_lens"), "i32"),
+    **dict.fromkeys(("partial", "weights", "cos", "sin"), "fp32"),
+    "slots": "i64",
+}
 # What a wave of calls looks like; 16 divides those that a real call's would.
 SIZES = ("num_inputs", "padded_inputs", "num_outputs", "pairs_stride", "x_stride")
-ODD_SIZES = ("num_rows", "blocks_per_part", "first_output", "slice_outputs")
+STRIDES = ("q_stride", "qkv_stride", "stride_block", "stride_token", "stride_head")
+ODD_SIZES = ("num_rows", "blocks_per_part", "first_output", "slice_outputs", "table_stride")
+ODD_SIZES += ("num_sequences", "num_heads", "num_kv_heads", "num_parts")
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,8 @@ def compile_kernel(
 ) -> Compiled:
     """Raises whatever the compiler raises."""
     names = kernel.arg_names
-    types = {**dict.fromkeys((*SIZES, *ODD_SIZES, "num_features"), "i32"), "eps": "fp32"}
+    even = (*SIZES, *STRIDES, "num_features")
+    types = dict.fromkeys((*even, *ODD_SIZES), "i32") | {"eps": "fp32", "scale": "fp32"}
     types |= {pointer: f"*{dtype}" for pointer, dtype in pointers.items()}
     source = ASTSource(
         kernel,
@@ -69,7 +79,7 @@ def compile_kernel(
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, n in enumerate(names)
-            if n in pointers or n in (*SIZES, "num_features")
+            if n in pointers or n in even
         },
     )
     built = triton.compile(
@@ -112,7 +122,7 @@ def longest_loop(code: str, instructions: list[tuple[int, str]]) -> list[str]:
     """Instructions between a branch and what it jumps back to."""
     jumps = re.findall(r"/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*?0x([0-9a-f]+)", code)
     spans = [(int(to, 16), int(at, 16)) for at, to in jumps]
-    first, last = max(spans, key=lambda span: span[1] - span[0])
+    first, last = max(spans, key=lambda span: span[1] - span[0], default=(0, 0))
     return [op for address, op in instructions if first <= address <= last]
 
 
@@ -161,6 +171,33 @@ def linear_kernel(
     )
 
 
+def attention_kernels(capability: int) -> list[Compiled]:
+    built = []
+    for head_dim, group in ((64, 1), (80, 4), (128, 8), (256, 2)):
+        padded = attention.triton.next_power_of_2(head_dim)
+        constants = {"HEAD_DIM": head_dim, "PADDED_DIM": padded}
+        tile = attention.tile_keys(padded)
+        walk = {"GROUP": group, "BLOCK_SIZE": 16, "TILE": tile, "STAGES": 2}
+        kernels = {
+            "prefill": (
+                attention._prefill_kernel,
+                constants | walk | {"PADDED_GROUP": group, "QUERIES": 64 // group},
+            ),
+            "decode": (attention._decode_kernel, constants | walk | {"ROWS": 16, "PART": 512}),
+            "combine": (attention._combine_kernel, constants | {"PART": 512}),
+            "rope": (
+                attention._rope_and_store_kernel,
+                {"HEAD_DIM": head_dim, "PADDED_HALF": padded // 2},
+            ),
+        }
+        for name, (kernel, given) in kernels.items():
+            pointers = {n: t for n, t in ATTENTION_POINTERS.items() if n in kernel.arg_names}
+            warps = {"prefill": attention.prefill_warps(padded), "decode": 4}.get(name, 1)
+            label = f"{name} D{head_dim} group {group}"
+            built.append(compile_kernel(label, kernel, capability, pointers, given, warps, 3))
+    return built
+
+
 def other_kernels(capability: int) -> list[Compiled]:
     half = dict.fromkeys(("x", "weight", "y", "gate_up", "bias", "residual"), "fp16")
     half |= {"permutation": "i32", "planes": "fp32"}
@@ -188,5 +225,9 @@ def other_kernels(capability: int) -> list[Compiled]:
 
 if __name__ == "__main__":
     capability = int(sys.argv[1])
-    for compiled in linear_kernels(capability) + other_kernels(capability):
+    for compiled in [
+        *linear_kernels(capability),
+        *attention_kernels(capability),
+        *other_kernels(capability),
+    ]:
         print(json.dumps(asdict(compiled)), flush=True)
