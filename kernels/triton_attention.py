@@ -138,8 +138,9 @@ def _prefill_kernel(
         context = tl.load(context_lens + sequence)
         positions = context - num_queries + queries
         end = tl.minimum(context, context - num_queries + offset + QUERIES)
+        table = block_tables + tl.cast(sequence, tl.int64) * table_stride
         acc, total, _ = _attend_tiles(
-            rows_of_q, keys, values, block_tables + tl.cast(sequence, tl.int64) * table_stride, head,
+            rows_of_q, keys, values, table, head,
             positions, 0, end, stride_block, stride_token, stride_head, scale,
             ROWS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, STAGES,
         )  # fmt: skip
@@ -196,8 +197,9 @@ def _decode_kernel(
         q_offsets = first.to(tl.int64) * q_stride + q_heads * HEAD_DIM
         rows_of_q = tl.load(q + q_offsets[:, None] + features[None, :], mask=mask, other=0.0)
         positions = tl.zeros((ROWS,), tl.int32) + context
+        table = block_tables + tl.cast(sequence, tl.int64) * table_stride
         acc, total, highest = _attend_tiles(
-            rows_of_q, keys, values, block_tables + tl.cast(sequence, tl.int64) * table_stride, head,
+            rows_of_q, keys, values, table, head,
             positions, begin, tl.minimum(begin + PART, context),
             stride_block, stride_token, stride_head, scale,
             ROWS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, STAGES,
