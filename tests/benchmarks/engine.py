@@ -1,9 +1,10 @@
 """The engine under pressure with a real model: long prompts beside streams, and the prefix cache.
 
-    python tests/benchmarks/engine.py CHECKPOINT [--only itl|chat|cold]
+    python tests/benchmarks/engine.py CHECKPOINT [--only itl|chat|cold] [--streams 8]
+        [--prompt-tokens 1000 6000]
 
-itl:  8 streams decode; a prompt of 6,000 tokens arrives. Inter-token latencies of the streams
-      before it and while it is computed, with and without --max-itl-stretch.
+itl:  streams decode; a long prompt arrives. Inter-token latencies of the streams before it and
+      while it is computed, without and with --max-itl-stretch.
 chat: five turns of a conversation, each prompt holding all before it. TTFT of each turn with and
       without the prefix cache.
 cold: prompts that have nothing in common. Throughput with and without the prefix cache, in turns.
@@ -28,9 +29,7 @@ from lowbit.server.model.decoder import Decoder
 from lowbit.server.model.loader import load_decoder
 from lowbit.server.types import SamplingParams
 
-NUM_STREAMS = 8
 STREAM_PROMPT_TOKENS = 64
-LONG_PROMPT_TOKENS = 6000
 NUM_TURNS = 5
 TURN_TOKENS = 300  # of a question
 ANSWER_TOKENS = 40
@@ -58,34 +57,37 @@ def percentile(values: list[float], share: float) -> float:
 # itl
 
 
-def itl(decoder: Decoder) -> Figures:
+def itl(decoder: Decoder, num_streams: int, prompt_tokens: list[int]) -> Figures:
     figures: Figures = {}
-    print(f"\n{NUM_STREAMS} streams, then a prompt of {LONG_PROMPT_TOKENS} tokens; ms")
-    print(
-        "max_itl_stretch | alone p50, p99 | beside the prompt p50, p99 | p99 ratio | prompt's TTFT"
-    )
-    for stretch in (0.0, EngineConfig().max_itl_stretch):
-        alone, beside, ttft = inter_token_latencies(decoder, stretch)
-        ratio = percentile(beside, 0.99) / percentile(alone, 0.99)
-        print(
-            f"{stretch:15} | {median(alone) * 1e3:6.1f} {percentile(alone, 0.99) * 1e3:7.1f} | "
-            f"{median(beside) * 1e3:12.1f} {percentile(beside, 0.99) * 1e3:13.1f} | {ratio:9.2f} | "
-            f"{ttft:.1f} s"
-        )
-        figures |= {f"itl_p99_ratio_stretch_{stretch:g}": ratio, f"ttft_{stretch:g}_s": ttft}
+    print(f"\n{num_streams} streams of {STREAM_PROMPT_TOKENS} tokens, then a long prompt; ms")
+    print("prompt | max_itl_stretch | alone p50, p99 | beside it p50, p99 | p99 ratio | TTFT, s")
+    for num_tokens in prompt_tokens:
+        for stretch in (0.0, EngineConfig().max_itl_stretch):
+            alone, beside, ttft = inter_token_latencies(decoder, num_streams, num_tokens, stretch)
+            ratio = percentile(beside, 0.99) / percentile(alone, 0.99)
+            print(
+                f"{num_tokens:6} | {stretch:15} | {median(alone) * 1e3:6.1f} "
+                f"{percentile(alone, 0.99) * 1e3:7.1f} | {median(beside) * 1e3:9.1f} "
+                f"{percentile(beside, 0.99) * 1e3:8.1f} | {ratio:9.2f} | {ttft:.1f}",
+                flush=True,
+            )
+            name = f"{num_tokens}_stretch_{stretch:g}"
+            figures |= {f"itl_p99_ratio_{name}": ratio, f"ttft_{name}_seconds": ttft}
     return figures
 
 
 def inter_token_latencies(
-    decoder: Decoder, stretch: float
+    decoder: Decoder, num_streams: int, prompt_tokens: int, stretch: float
 ) -> tuple[list[float], list[float], float]:
     """(without the long prompt, while it is computed, the long prompt's TTFT), in seconds."""
     engine = make_engine(decoder, max_itl_stretch=stretch)
-    for i in range(NUM_STREAMS):
+    for i in range(num_streams):
         add(engine, f"s{i}", random_prompt(decoder, STREAM_PROMPT_TOKENS, i), 1500)
-    run_steps(engine, 20)
-    alone = run_steps(engine, 200)
-    add(engine, "long", random_prompt(decoder, LONG_PROMPT_TOKENS, 99), 4)
+    while engine.scheduler.num_waiting:
+        engine.step()
+    run_steps(engine, 10)
+    alone = run_steps(engine, 100)
+    add(engine, "long", random_prompt(decoder, prompt_tokens, 99), 4)
     began = time.perf_counter()
     beside = run_until(engine, lambda output: output.request_id == "long")
     return alone, beside, time.perf_counter() - began
@@ -177,18 +179,22 @@ def tokens_per_second(decoder: Decoder, prefix_cache: bool, round_number: int) -
     return 16 * (128 + 16) / (time.perf_counter() - began)
 
 
-PARTS: dict[str, Callable[[Decoder], Figures]] = {"itl": itl, "chat": chat, "cold": cold}
+PARTS: dict[str, Callable[[Decoder], Figures]] = {"chat": chat, "cold": cold}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--only", choices=("itl", *PARTS))
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[1000, 6000])
     arguments = parser.parse_args()
     backend = load_backend("auto")
     decoder = load_decoder(arguments.checkpoint, backend)
     print(f"{backend.name}; torch {torch.__version__}; {arguments.checkpoint.name}")
     figures: Figures = {}
+    if arguments.only in (None, "itl"):
+        figures |= itl(decoder, arguments.streams, arguments.prompt_tokens)
     for name, part in PARTS.items():
         if arguments.only in (None, name):
             figures |= part(decoder)
