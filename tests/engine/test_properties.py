@@ -194,6 +194,7 @@ class EngineMachine(RuleBasedStateMachine):
                 reason = FinishReason.STOP if stopped else FinishReason.LENGTH
                 assert output.finish_reason is reason
                 del self.expected[key]
+        assert all(self.deadlines.get(each, self.now + 1) > self.now for each, _ in self.expected)
 
     def check_end(self, output: TokenOutput, now: float) -> None:
         assert output.error
