@@ -83,8 +83,8 @@ class Settings:
         """Every setting that has an influence on the result."""
         file = self.calibration_file
         return {
-            **dataclasses.asdict(self.solver),
             **dataclasses.asdict(self.config),
+            **dataclasses.asdict(self.solver),  # behind what its precision follows
             "target_bpw": self.target_bpw,
             "calibration": "built-in" if file is None else file.name,
             "num_sequences": self.num_sequences,
