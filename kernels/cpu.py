@@ -46,6 +46,7 @@ _INT4_COLUMNS = 64  # N is padded to the operator's widest column block
 _VECTORISED = ("AVX2", "AVX512")  # elsewhere the operator is a scalar loop, 20x slower
 _SCALE_DTYPE = torch.float16  # of an int8 KV cache
 _MIN_SCALE = 2.0**-24  # the smallest that float16 holds
+_FEW_QUERIES = 8  # up to here grouping them by head takes half the time (6,000 keys)
 _RESCORED = 64  # candidates whose logits are recomputed in float32
 
 
@@ -446,6 +447,8 @@ def _attend_prefill(q: Tensor, cache: KVCache, chunk: PrefillChunk, scale: float
         .transpose(0, 1)[None]
         for tensor, scales in _tensors_and_scales(cache)
     )
+    if chunk.mask is not None and q.shape[0] <= _FEW_QUERIES:
+        return _attend_few(q, keys, values, chunk.mask, scale)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         keys,
@@ -456,6 +459,19 @@ def _attend_prefill(q: Tensor, cache: KVCache, chunk: PrefillChunk, scale: float
         enable_gqa=True,
     )
     return out[0].transpose(0, 1)
+
+
+def _attend_few(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The same for few queries: the heads of a group stand beside each other as queries, where
+    PyTorch would repeat the keys and values for each of them."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = keys.shape[1]
+    group = num_heads // num_kv_heads
+    grouped = q.transpose(0, 1).reshape(1, num_kv_heads, group * num_queries, head_dim)
+    out = F.scaled_dot_product_attention(
+        grouped, keys, values, attn_mask=mask.repeat(group, 1), scale=scale
+    )
+    return out.view(num_heads, num_queries, head_dim).transpose(0, 1)
 
 
 def create(precision: str = "auto", kv_cache_dtype: str = "auto") -> CpuBackend:

@@ -30,6 +30,7 @@ from .sequence import Sequence, SequenceResult
 
 logger = logging.getLogger(__name__)
 
+_MIN_CHUNK_TOKENS = 8  # of a prompt beside decodes, so that it gets on
 MAX_FAILED_STEPS = 2  # in a row; then it is not the requests' fault
 
 
@@ -238,7 +239,7 @@ def _scheduler(
     return Scheduler(
         BlockManager(num_blocks, config.block_size, prefix_cache=config.prefix_cache),
         drafter,
-        PrefillPacer(stretch, config.block_size) if stretch else None,
+        PrefillPacer(stretch, _MIN_CHUNK_TOKENS) if stretch else None,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_queued_requests=config.max_queued_requests,
