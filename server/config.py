@@ -61,7 +61,7 @@ class EngineConfig:
     )
     prefix_cache: bool = _setting(True, "keep the blocks of ended sequences for equal prompts")
     max_itl_stretch: float = _setting(
-        1.8,
+        1.6,
         "how much longer prompt tokens may make a step of running streams; 0 sets no limit but "
         "max_num_batched_tokens",
     )
