@@ -138,6 +138,9 @@ class ServerConfig:
     kserve: bool = _setting(
         False, "offer inference.GRPCInferenceService, too, for Triton's and KServe's clients"
     )
+    vllm_engine: bool = _setting(
+        False, "offer vllm.grpc.engine.VllmEngine, too, for the smg gateway"
+    )
     control_host: str = _setting(
         "",
         "where ControlService listens instead, without keys or TLS: unix:PATH or an address of "

@@ -105,6 +105,7 @@ class ModelInfo:
     """What a caller may know of the served model."""
 
     name: str
+    folder: str = ""  # where it was loaded from; told to gateways alone
     architecture: str = ""
     eos_token_ids: tuple[int, ...] = ()
     quantization: QuantizationInfo | None = None

@@ -61,6 +61,7 @@ OWNERS = {
     "grpc_health": ("server.rpc", "server.client"),
     "grpc_reflection": ("server.rpc",),
     "grpc_status": ("server.rpc", "server.client"),
+    "smg_grpc_proto": ("server.rpc",),
     "torch": ("kernels", "quant", "server.bench", "server.engine", "server.model"),
     "transformers": ("quant", "server.text"),
     "llguidance": ("server.text",),

@@ -16,6 +16,7 @@ def model_info(folder: Path, name: str = "") -> ModelInfo:
     quant = reader.quant_config
     return ModelInfo(
         name=name or folder.resolve().name,
+        folder=str(folder.resolve()),
         architecture=reader.config["architectures"][0],
         eos_token_ids=tuple(sorted(config.eos_token_ids)),
         quantization=None

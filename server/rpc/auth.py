@@ -12,8 +12,10 @@ from .control import SERVICE_NAME as CONTROL_NAME
 from .convert import new_request_id
 from .errors import PermissionDenied, Unauthenticated, abort, describe
 from .tenants import KeyRing
+from .vllm_engine import ABORT_METHOD
 
 HEALTH_PREFIX: Final = "/grpc.health.v1.Health/"
+_CONTROL_PREFIXES: Final = (f"/{CONTROL_NAME}/", ABORT_METHOD)
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):
@@ -37,7 +39,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
             tenant = self._keys.tenant_of(handler_call_details.invocation_metadata)
         except Unauthenticated as error:
             return _refusal(error)
-        if method.startswith(f"/{CONTROL_NAME}/") and not tenant.control:
+        if method.startswith(_CONTROL_PREFIXES) and not tenant.control:
             return _refusal(PermissionDenied(f"tenant {tenant.name} has no control role"))
         return await continuation(handler_call_details)
 

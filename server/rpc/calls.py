@@ -13,7 +13,7 @@ import grpc.aio
 
 from ..types import InvalidRequest, QueueFull
 
-_MAX_REMEMBERED: Final = 16_384
+_MAX_REMEMBERED: Final = 4096
 
 
 class AbortOutcome(enum.Enum):

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from ..config import ServerConfig, is_local
 from ..metrics import Metrics, MetricsServer, start_metrics_server
 from ..types import SamplingParams
-from . import control, generation, kserve, model
+from . import control, generation, kserve, model, vllm_engine
 from .admission import Admission
 from .auth import KeyInterceptor
 from .calls import AbortOutcome, Calls
@@ -30,6 +30,7 @@ from .model import ModelServicer
 from .reflection import add_reflection
 from .requests import RequestServer
 from .tenants import KeyRing
+from .vllm_engine import VllmEngineServicer
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ _SERVICES: Final = (
     model.SERVICE_NAME,
     control.SERVICE_NAME,
     kserve.SERVICE_NAME,
+    vllm_engine.SERVICE_NAME,
 )
 
 
@@ -164,6 +166,9 @@ class GenerationServer:
         if config.kserve:
             services.append(kserve.SERVICE_NAME)
             handlers.append(InferenceServicer(deployment, requests).handler())
+        if config.vllm_engine:
+            services.append(vllm_engine.SERVICE_NAME)
+            handlers.append(VllmEngineServicer(deployment, requests, calls).handler())
         if self._serves_control_here():
             services.append(control.SERVICE_NAME)
             handlers.append(ControlServicer(calls, self.drain).handler())

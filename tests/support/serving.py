@@ -171,6 +171,7 @@ def make_rig(
     max_model_len: int = 512,
     tokenizer: TextCodec | None = None,
     config: ServerConfig | None = None,
+    folder: str = "",
 ) -> Rig:
     config = config or ServerConfig(port=0, metrics_port=0)
     runner = runner or RecitingRunner()
@@ -185,7 +186,9 @@ def make_rig(
     )
     engine = AsyncEngine(llm, on_step=metrics.observe_step)
     tokenizer = tokenizer or ByteCodec()
-    loaded = Loaded(engine=engine, tokenizer=tokenizer, model=ModelInfo(name="recital"))
+    loaded = Loaded(
+        engine=engine, tokenizer=tokenizer, model=ModelInfo(name="recital", folder=folder)
+    )
     server = GenerationServer(config, metrics)
     return Rig(config, server, engine, llm, runner, metrics, loaded)
 
