@@ -102,6 +102,7 @@ class Token:
     logprob: float  # natural logarithm, under the model itself (temperature 1)
     text: str  # what it says by itself; parts of characters are U+FFFD
     top_logprobs: tuple[tuple[int, float], ...]  # (id, logprob) of the candidates asked for
+    rank: int | None  # by likelihood, from 1; None where it was not computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +121,7 @@ class Timings:
     time_to_first_token_seconds: float
     duration_seconds: float  # to its last token
     decode_seconds: float  # from its first token to its last
-    queue_seconds: float | None  # until the engine began with it; None where it did not say
+    queue_seconds: float | None  # in the engine's queue; None where the engine did not say
     prefill_seconds: float | None  # from there to its first token
 
 
@@ -497,7 +498,8 @@ def _deltas(response: pb.GenerateResponse) -> Iterator[Delta]:
 
 def _token(token: pb.TokenInfo) -> Token:
     top = tuple((candidate.id, candidate.logprob) for candidate in token.top_logprobs)
-    return Token(id=token.id, logprob=token.logprob, text=token.text, top_logprobs=top)
+    rank = token.rank if token.HasField("rank") else None
+    return Token(id=token.id, logprob=token.logprob, text=token.text, top_logprobs=top, rank=rank)
 
 
 def _stop_match(output: pb.Output) -> str | int | None:

@@ -284,6 +284,7 @@ class TokenLogprob:
     token_id: int
     logprob: float  # natural logarithm
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob) of the candidates, best first
+    rank: int | None = None  # 1 + how many tokens it held to be likelier; None: not computed
 
 
 DEFAULT_SCHEDULING = SchedulingParams()
@@ -301,17 +302,24 @@ class TokenOutput:
     token_id: int | None  # None when the request ended without a new token
     logprob: float = 0.0  # of token_id under the model's own distribution (temperature 1)
     top_logprobs: tuple[tuple[int, float], ...] = ()  # as many as the request asked for
+    rank: int | None = None  # of token_id under the model's own distribution; see TokenLogprob
     # Of the prompt's tokens from the second on, with the first output of a request that asked.
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str = ""  # why, when the sample ended without a token
     num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache
+    # With a sample's first token: from the request's arrival at the engine to the sample's start,
+    # and from there to the token.
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
 
     @property
     def token(self) -> TokenLogprob:
         """The new token, of an output that has one."""
         assert self.token_id is not None
-        return TokenLogprob(token_id=self.token_id, logprob=self.logprob, top=self.top_logprobs)
+        return TokenLogprob(
+            token_id=self.token_id, logprob=self.logprob, top=self.top_logprobs, rank=self.rank
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,14 +108,20 @@ def _sample(logits: Tensor, rows: SequenceOf[_Row]) -> list[SampledToken | _NotF
         index = torch.tensor(random, device=logits.device)
         shifted = adjusted[index] - best.values[index, None]
         tokens[index] = _draw(shifted, [rows[i] for i in random])
-    logprobs = logits.gather(1, tokens[:, None])[:, 0] - normalizers
+    chosen = logits.gather(1, tokens[:, None])
+    logprobs = chosen[:, 0] - normalizers
     top = top_logprobs(logits, normalizers, [row.sequence.params.top_logprobs for row in rows])
+    columns = (tokens.tolist(), logprobs.tolist(), top, _ranks(logits, chosen))
     return [
-        SampledToken(token, logprob, candidates) if is_finite else _not_finite(row)
-        for token, logprob, candidates, is_finite, row in zip(
-            tokens.tolist(), logprobs.tolist(), top, finite.tolist(), rows, strict=True
-        )
+        SampledToken(*values) if is_finite else _not_finite(row)
+        for *values, is_finite, row in zip(*columns, finite.tolist(), rows, strict=True)
     ]
+
+
+def _ranks(logits: Tensor, chosen: Tensor) -> list[int]:
+    """1 + how many logits [R, V] are larger than the chosen one [R, 1], for each row."""
+    ranks: list[int] = ((logits > chosen).sum(dim=-1, dtype=torch.int32) + 1).tolist()
+    return ranks
 
 
 def top_logprobs(
@@ -137,10 +143,14 @@ def top_logprobs(
 def prompt_logprobs(logits: Tensor, token_ids: list[int], number: int) -> list[TokenLogprob]:
     """How likely each token was, with candidates: logits [R, V] are those before each of them."""
     normalizers = logits.logsumexp(dim=-1)
-    chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0]
+    chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    logprobs = (chosen[:, 0] - normalizers).tolist()
     top = top_logprobs(logits, normalizers, [number] * len(token_ids))
-    rows = zip(token_ids, (chosen - normalizers).tolist(), top, strict=True)
-    return [TokenLogprob(token_id=t, logprob=logprob, top=best) for t, logprob, best in rows]
+    rows = zip(token_ids, logprobs, top, _ranks(logits, chosen), strict=True)
+    return [
+        TokenLogprob(token_id=token_id, logprob=logprob, top=best, rank=rank)
+        for token_id, logprob, best, rank in rows
+    ]
 
 
 def _not_finite(row: _Row) -> _NotFinite:

@@ -122,15 +122,16 @@ class Scheduler:
         """
         assert sequence.request_id not in self._requests
         samples = [sequence, *sequence.siblings]
+        now = self._clock()
         self._check_queue(sequence, len(samples))
         self._requests[sequence.request_id] = samples
         for sample in samples:
             self._num_arrivals += 1
             sample.arrival = self._num_arrivals
+            sample.arrival_seconds = now
             self.waiting.open_account(sample)
         self.waiting.push(sequence)
         self._held.update(dict.fromkeys(sequence.siblings))
-        now = self._clock()
         if sequence.deadline_seconds is not None:
             self._expire_at(now + sequence.deadline_seconds, sequence, FinishReason.DEADLINE)
         if self.max_queue_seconds is not None:
@@ -370,7 +371,7 @@ class Scheduler:
         # way because of the prompts admitted after it.
         self.block_manager.admit(sequence)
         if not sequence.was_admitted:
-            sequence.was_admitted = True
+            sequence.start_seconds = self._clock()
             sequence.num_hit_tokens = sequence.num_cached_tokens
         sequence.account.num_running += 1
         self._prefilling[sequence] = None
@@ -426,18 +427,27 @@ class Scheduler:
             sequence.num_cached_tokens = min(sequence.num_cached_tokens, sequence.num_tokens)
             self.block_manager.commit(sequence)
             self._leave(sequence)
+        is_first = sequence.num_completion_tokens == 1
+        queue_seconds, prefill_seconds = self._start_timings(sequence) if is_first else (None, None)
         return TokenOutput(
             request_id=sequence.request_id,
             index=sequence.index,
             token_id=token.token_id,
             logprob=token.logprob,
             top_logprobs=token.top_logprobs,
-            prompt_logprobs=(
-                tuple(sequence.prompt_logprobs) if sequence.num_completion_tokens == 1 else ()
-            ),
+            rank=token.rank,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
             finish_reason=reason,
             num_cached_tokens=sequence.num_hit_tokens,
+            queue_seconds=queue_seconds,
+            prefill_seconds=prefill_seconds,
         )
+
+    def _start_timings(self, sequence: Sequence) -> tuple[float, float]:
+        """How long it waited for its first start, and then, until now, for its first token."""
+        assert sequence.start_seconds is not None
+        queued = sequence.start_seconds - sequence.arrival_seconds
+        return queued, self._clock() - sequence.start_seconds
 
     def _release_siblings(self, leader: Sequence) -> None:
         """Sample 0 has computed the prompt: the others share it, or wait for a place."""
@@ -449,7 +459,7 @@ class Scheduler:
                 self.waiting.push(sibling)
                 continue
             sibling.status = SequenceStatus.RUNNING
-            sibling.was_admitted = True
+            sibling.start_seconds = self._clock()
             self.block_manager.fork(leader, sibling)
             sibling.account.num_running += 1
             self._decoding[sibling] = None

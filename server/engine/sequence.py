@@ -19,6 +19,7 @@ class SampledToken:
     token_id: int
     logprob: float  # under the model's own distribution, before temperature and cuts
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+    rank: int | None = None  # 1 + the number of likelier tokens, under the same distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ class Sequence:
     # Of the prompt's tokens from the second on, as far as they were computed, where asked for.
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     arrival: int = 0  # its number among all sequences, set by the scheduler
-    was_admitted: bool = False
+    arrival_seconds: float = 0.0  # on the scheduler's clock, set by it
+    start_seconds: float | None = None  # of its first start, on the same clock
     account: Account = field(default_factory=Account)  # its tenant's, set by the queue
     block_hashes: list[bytes] = field(default_factory=list)  # of its first blocks, once computed
     num_hit_tokens: int = 0  # of the prompt, found in the prefix cache at its first start
@@ -89,6 +91,10 @@ class Sequence:
     @property
     def num_completion_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def was_admitted(self) -> bool:
+        return self.start_seconds is not None
 
     @property
     def num_uncached_tokens(self) -> int:

@@ -74,8 +74,7 @@ class _Choice:
         output.index = self.index
         output.text = "".join(self._texts)
         for each in self._outputs:
-            assert each.token_id is not None
-            add_token(output.tokens, each.token_id, each.logprob, each.top_logprobs, token_text)
+            add_token(output.tokens, each.token, token_text)
         if self.finish_reason is not None:
             self._report_end(output)
         self._texts.clear()
@@ -120,6 +119,8 @@ class Completion:
         self._prompt = self._echo() if echo else None
         self.num_completion_tokens = 0
         self._num_cached_tokens = 0
+        self._queue_seconds: float | None = None  # of the sample that began first
+        self._prefill_seconds: float | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -136,6 +137,9 @@ class Completion:
         self.num_completion_tokens += 1
         self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
         self.num_pending_tokens += 1
+        if self._queue_seconds is None:
+            self._queue_seconds = output.queue_seconds
+            self._prefill_seconds = output.prefill_seconds
         if output.prompt_logprobs:
             self._prompt = self._echo(output.prompt_logprobs)
         choice.add(output)
@@ -178,9 +182,7 @@ class Completion:
         prompt = pb.Prompt(text=self._tokenizer.decode(ids, skip_special_tokens=False))
         known = [TokenLogprob(token_id=each, logprob=0.0) for each in ids]
         for token in (known[0], *logprobs) if logprobs else known:
-            add_token(
-                prompt.tokens, token.token_id, token.logprob, token.top, self._tokenizer.token_text
-            )
+            add_token(prompt.tokens, token, self._tokenizer.token_text)
         return prompt
 
     def _end_if_all_have(self) -> None:
@@ -194,10 +196,15 @@ class Completion:
         part.usage.prompt_tokens = self.num_prompt_tokens
         part.usage.completion_tokens = self.num_completion_tokens
         part.usage.cached_tokens = self._num_cached_tokens
-        part.timings.time_to_first_token_seconds = self._observer.time_to_first_token_seconds
-        part.timings.duration_seconds = self._observer.duration_seconds
-        part.timings.decode_seconds = (
-            self._observer.duration_seconds - self._observer.time_to_first_token_seconds
+        first, last = self._observer.time_to_first_token_seconds, self._observer.duration_seconds
+        part.timings.MergeFrom(
+            pb.Timings(
+                time_to_first_token_seconds=first,
+                duration_seconds=last,
+                queue_seconds=self._queue_seconds,
+                prefill_seconds=self._prefill_seconds,
+                decode_seconds=last - first,
+            )
         )
 
 

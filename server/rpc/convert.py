@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from ..types import (
     Priority,
     SamplingParams,
     SchedulingParams,
+    TokenLogprob,
 )
 from .errors import UnsupportedField
 
@@ -109,14 +110,13 @@ def stream_interval_of(request: pb.GenerateRequest) -> int:
 
 def add_token(
     tokens: RepeatedCompositeFieldContainer[pb.TokenInfo],
-    token_id: int,
-    logprob: float,
-    top: Iterable[tuple[int, float]],
+    token: TokenLogprob,
     token_text: Callable[[int], str],
 ) -> None:
     """Append a token to those of a message."""
-    info = tokens.add(id=token_id, logprob=logprob, text=token_text(token_id))
-    for candidate_id, candidate_logprob in top:
+    text = token_text(token.token_id)
+    info = tokens.add(id=token.token_id, logprob=token.logprob, text=text, rank=token.rank)
+    for candidate_id, candidate_logprob in token.top:
         info.top_logprobs.add(
             id=candidate_id, logprob=candidate_logprob, text=token_text(candidate_id)
         )

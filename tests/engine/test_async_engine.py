@@ -25,6 +25,7 @@ from lowbit.server.types import (
     SamplingParams,
     SchedulingParams,
     StepStats,
+    TokenOutput,
 )
 
 NUM_BLOCKS = 40
@@ -343,6 +344,36 @@ async def test_waiting_requests_end_by_their_deadline_or_the_queues_timeout() ->
             await patient
     for stream in streams:
         await anext(stream)  # those that run know no such timeout
+        await stream.aclose()
+    await harness.all_blocks_free()
+    await harness.close()
+
+
+async def test_the_first_token_says_how_long_its_request_waited_and_was_computed() -> None:
+    harness = Harness()
+    await harness.engine.start()
+    streams = [harness.generate(f"r{i}", max_tokens=150) for i in range(8)]
+    for stream in streams:  # all places are taken
+        await anext(stream)
+    outputs: list[TokenOutput] = []
+
+    async def late() -> None:
+        outputs.extend([output async for output in harness.generate("late", n=2)])
+
+    waiting = asyncio.create_task(late())
+    async with asyncio.timeout(5):
+        while harness.llm.scheduler.num_waiting < 2:
+            await asyncio.sleep(0.001)
+        harness.runner.gate.clear()
+        harness.now = 7.0
+        await streams.pop().aclose()
+        await streams.pop().aclose()
+        harness.runner.gate.set()
+        await waiting
+    first = [output for output in outputs if output.queue_seconds is not None]
+    assert [(each.index, each.token_id) for each in first] == [(0, 1), (1, 1)]
+    assert [(each.queue_seconds, each.prefill_seconds) for each in first] == [(7.0, 0.0)] * 2
+    for stream in streams:
         await stream.aclose()
     await harness.all_blocks_free()
     await harness.close()

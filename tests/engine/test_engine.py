@@ -163,6 +163,10 @@ def test_prompt_logprobs_are_those_of_transformers(
         for row, each in enumerate(reported):
             number = 3 if row + 1 < len(requests[request_id][0]) else 2
             assert each.logprob == pytest.approx(expected[row, tokens[row + 1]].item(), abs=1e-3)
+            likelier = expected[row] > expected[row, tokens[row + 1]] + 1e-3
+            not_less = expected[row] >= expected[row, tokens[row + 1]] - 1e-3
+            assert each.rank is not None
+            assert likelier.sum() < each.rank <= not_less.sum()
             best = expected[row].topk(number)
             assert [pair[0] for pair in each.top] == best.indices.tolist()
             assert [pair[1] for pair in each.top] == pytest.approx(best.values.tolist(), abs=1e-3)

@@ -240,12 +240,24 @@ def test_logprobs_are_the_models_own_whatever_the_parameters() -> None:
     ):
         token = only_token(result)
         assert token.logprob == pytest.approx(expected[row, token.token_id].item(), abs=1e-5)
+        likeliest_first = expected[row].argsort(descending=True).tolist()
+        assert token.rank == 1 + likeliest_first.index(token.token_id)
         assert len(token.top_logprobs) == sequence.params.top_logprobs
         best = expected[row].topk(sequence.params.top_logprobs)
         assert [token_id for token_id, _ in token.top_logprobs] == best.indices.tolist()
         assert [logprob for _, logprob in token.top_logprobs] == pytest.approx(
             best.values.tolist(), abs=1e-5
         )
+
+
+def test_tokens_that_are_equally_likely_share_a_rank() -> None:
+    logits = torch.tensor([[1.0, 3.0, 1.0, 3.0, 0.0]])
+    ranks = {}
+    for token_id in range(5):
+        sequence = sequence_of(SamplingParams(allowed_token_ids=(token_id,)))
+        (result,) = Sampler().sample(logits, [sequence])
+        ranks[only_token(result).token_id] = only_token(result).rank
+    assert ranks == {0: 3, 1: 1, 2: 3, 3: 1, 4: 5}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

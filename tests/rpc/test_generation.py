@@ -39,6 +39,11 @@ async def test_unary(client: AsyncClient) -> None:
     assert generation.usage.completion_tokens == len(REPLY)
     timings = generation.timings
     assert 0 < timings.time_to_first_token_seconds <= timings.duration_seconds < 5
+    queue, prefill = timings.queue_seconds, timings.prefill_seconds
+    assert queue is not None and prefill is not None and queue >= 0 and prefill > 0
+    assert queue + prefill <= timings.time_to_first_token_seconds
+    total = timings.time_to_first_token_seconds + timings.decode_seconds
+    assert total == pytest.approx(timings.duration_seconds)
 
 
 async def test_a_stream_brings_deltas_and_the_costs_once(client: AsyncClient) -> None:

@@ -44,6 +44,7 @@ async def test_candidates_come_with_every_token(client: AsyncClient) -> None:
     assert len(whole.tokens) == 6
     for token in whole.tokens:
         assert token.top_logprobs[0] == (token.id, token.logprob)  # greedy takes the best
+        assert token.rank == 1
         assert len(token.top_logprobs) == 3
         assert sum(math.exp(logprob) for _, logprob in token.top_logprobs) <= 1 + 1e-6
     assert whole.prompt_tokens == ()
@@ -54,7 +55,11 @@ async def test_prompt_logprobs_come_once(client: AsyncClient) -> None:
     whole = await client.generate("Hello", **options)
     assert [token.id for token in whole.prompt_tokens] == list(b"Hello")
     first, *rest = whole.prompt_tokens  # nothing comes before the first
-    assert first.top_logprobs == ()
+    assert first.top_logprobs == () and first.rank is None
+    for token in rest:
+        better = sum(logprob > token.logprob for _, logprob in token.top_logprobs)
+        assert token.rank is not None
+        assert (token.rank == 1 + better) if better < 2 else (token.rank >= 3)
     assert all(len(token.top_logprobs) == 2 and token.logprob < 0 for token in rest)
     parts = [part async for part in client.stream("Hello", **options)]
     assert parts[0].prompt_tokens == whole.prompt_tokens
