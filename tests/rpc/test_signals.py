@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,25 @@ def test_a_signal_drains(number: signal.Signals) -> None:
         assert caught.value.code() is StatusCode.UNAVAILABLE
         server.allow_steps(20)
         assert text + "".join(delta.text for delta in stream) == "Hello, world!"
+        server.assert_clean_exit()
+
+
+def test_load_balancers_get_a_pause_to_look_elsewhere() -> None:
+    with server_process("pausing") as server, Client(server.address, max_attempts=1) as client:
+        server.allow_steps(20)
+        began = time.monotonic()
+        server.send(signal.SIGTERM)
+        server.wait_not_serving()
+        assert client.generate("Hi").text == "Hello, world!"
+        server.assert_clean_exit()
+        assert time.monotonic() - began >= 1.0
+
+
+def test_a_second_signal_ends_the_pause() -> None:
+    with server_process("pausing for long") as server:
+        server.send(signal.SIGTERM)
+        server.wait_not_serving()
+        server.send(signal.SIGTERM)
         server.assert_clean_exit()
 
 

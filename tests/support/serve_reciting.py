@@ -1,6 +1,7 @@
 """A server process for tests of its signals. Prints its port; each line it reads allows a step.
 
-The first argument says whether completions are endless, which are made without being allowed.
+The first argument: "gated"; "endless" completions, which are made without being allowed; or
+"pausing" for a second, or "pausing for long", after the first signal, and gated.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from lowbit.server.rpc.server import GenerationServer, serve
 from serving import RecitingRunner, make_rig
 
 
-def main(endless: bool) -> None:
+def main(kind: str) -> None:
+    endless = kind == "endless"
     runner = RecitingRunner(endless=endless, step_seconds=0.005 * endless, gated=not endless)
-    rig = make_rig(runner, config=ServerConfig(port=0, metrics_port=0))
+    pause = {"pausing": 1.0, "pausing for long": 60.0}.get(kind, 0.0)
+    config = ServerConfig(port=0, metrics_port=0, drain_pause_seconds=pause)
+    rig = make_rig(runner, config=config)
 
     def read_lines() -> None:
         for _ in sys.stdin:
@@ -35,4 +39,4 @@ def main(endless: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] == "endless")
+    main(sys.argv[1])
