@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from array import array
+from bisect import bisect
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
@@ -63,6 +64,20 @@ class BlockManager:
         num_revived = sum(self._num_users[block] == 0 for block in hits)
         num_new = self.blocks_for(sequence.num_tokens) - len(hits)
         return num_revived + num_new + num_spare_blocks <= self.num_free_blocks
+
+    def uncached(self, sequence: Sequence) -> tuple[bytes | None, int]:
+        """(hash of the first full block that the prefix cache lacks, number of tokens from it on).
+
+        Sequences that share any of what is not cached share that block. Quicker than finding the
+        blocks, and if wrong then about too few tokens: where blocks in the middle were evicted.
+        """
+        num_hits, hash_there = 0, None
+        if self._prefix_cache:
+            num_blocks = (sequence.num_tokens - 1) // self.block_size
+            hashes = self._hash(sequence, num_blocks)[:num_blocks]
+            num_hits = bisect(hashes, False, key=lambda each: each not in self._blocks)
+            hash_there = hashes[num_hits] if num_hits < num_blocks else None
+        return hash_there, sequence.num_tokens - num_hits * self.block_size
 
     def admit(self, sequence: Sequence) -> None:
         """Blocks for all known tokens; `num_cached_tokens` is what the prefix cache holds of them.

@@ -112,7 +112,11 @@ class LLMEngine:
         return sample(0, tuple(sample(index) for index in range(1, params.n)))
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises QueueFull, or InvalidRequest for a request id in use."""
+        """Queue a sequence.
+
+        Raises QueueFull, DeadlineExceeded for a deadline that cannot be met, or InvalidRequest for
+        a request id in use.
+        """
         if sequence.request_id in self.scheduler:
             raise InvalidRequest(f"request_id is {sequence.request_id!r}; it is already in use")
         self.scheduler.add(sequence)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
 
-from ..types import FinishReason, QueueFull, TokenOutput
+from ..types import DeadlineExceeded, FinishReason, QueueFull, TokenOutput
 from .block_manager import BlockManager, NoFreeBlocks
 from .pacing import PrefillPacer
 from .sequence import Account, SampledToken, Sequence, SequenceResult, SequenceStatus
@@ -97,6 +97,7 @@ class Scheduler:
         self._expiries: list[tuple[float, int, Sequence, FinishReason]] = []
         self._num_arrivals = 0
         self._tokens_per_second = 0.0
+        self._most_tokens_per_second = 0.0  # of the steps that were full
 
     # The queue
 
@@ -116,7 +117,8 @@ class Scheduler:
         return request_id in self._requests
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence, its siblings with it. Raises QueueFull.
+        """Queue a new sequence, its siblings with it. Raises QueueFull, or DeadlineExceeded for one
+        that cannot have a token by its deadline.
 
         A preempted one goes back to the queue without this check.
         """
@@ -124,6 +126,7 @@ class Scheduler:
         samples = [sequence, *sequence.siblings]
         now = self._clock()
         self._check_queue(sequence, len(samples))
+        self._check_deadline(sequence)
         self._requests[sequence.request_id] = samples
         for sample in samples:
             self._num_arrivals += 1
@@ -550,6 +553,37 @@ class Scheduler:
             retry_after_seconds=retry_after,
         )
 
+    def _check_deadline(self, sequence: Sequence) -> None:
+        """Raises DeadlineExceeded where even the fastest full steps so far would be too slow."""
+        if sequence.deadline_seconds is None or self._most_tokens_per_second == 0:
+            return
+        speed = self._most_tokens_per_second
+        most = self.waiting.num_tokens + sequence.num_tokens
+        if most <= sequence.deadline_seconds * speed:
+            return
+        num_tokens = self._min_tokens_until(sequence)
+        seconds = num_tokens / speed
+        if seconds > sequence.deadline_seconds:
+            raise DeadlineExceeded(
+                f"deadline_seconds is {sequence.deadline_seconds:g}; the {num_tokens} tokens of "
+                f"this prompt and those before it take at least {seconds:.3g} s"
+            )
+
+    def _min_tokens_until(self, sequence: Sequence) -> int:
+        """What must be computed before its first token, however much of it prompts share.
+
+        Of prompts that go on alike where the prefix cache ends, only the longest counts; none does
+        where that is being computed.
+        """
+        in_progress = {h for each in self._prefilling for h in each.block_hashes}
+        longest: dict[bytes | int, int] = {}
+        for each in (*self.waiting.before(sequence), sequence):
+            hash_there, num_tokens = self.block_manager.uncached(each)
+            key = each.arrival if hash_there is None else hash_there
+            if key not in in_progress:
+                longest[key] = max(num_tokens, longest.get(key, 0))
+        return sum(longest.values())
+
     def _seconds_for(self, num_tokens: int) -> float:
         """How long as many tokens take at the present speed, in [1, 600]."""
         return min(600.0, max(1.0, num_tokens / max(self._tokens_per_second, 1.0)))
@@ -561,6 +595,8 @@ class Scheduler:
         if seconds > 0:
             speed = output.num_tokens / seconds
             self._tokens_per_second += 0.1 * (speed - self._tokens_per_second)
+            if output.num_tokens >= self.max_num_batched_tokens:
+                self._most_tokens_per_second = max(speed, self._most_tokens_per_second)
 
 
 def _schedule_chunk(sequence: Sequence, budget: int, scheduled: list[Sequence]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from itertools import chain
 from operator import attrgetter
 
 from ..types import Priority
@@ -109,6 +110,14 @@ class WaitingQueue:
             del queues[sequence.tenant]
         self._num_sequences -= 1
         self.num_tokens -= sequence.num_tokens
+
+    def before(self, sequence: Sequence) -> Iterator[Sequence]:
+        """Those that start before one that arrives now, whatever comes later: the higher classes',
+        and its tenant's of its own class."""
+        for priority, each in self._classes.items():
+            if priority < sequence.priority:
+                yield from chain.from_iterable(each.queues.values())
+        yield from self._classes[sequence.priority].queues.get(sequence.tenant, ())
 
     def first(self) -> Sequence | None:
         """Who is next; None when nobody waits."""

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lowbit.server.config import EngineConfig
 from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.types import (
+    DeadlineExceeded,
     FinishReason,
     InvalidRequest,
     Priority,
@@ -132,6 +133,9 @@ class EngineMachine(RuleBasedStateMachine):
         except InvalidRequest:
             cache_tokens = scheduler.block_manager.num_blocks * BLOCK_SIZE
             assert len(prompt) + max_tokens > min(MAX_MODEL_LEN, cache_tokens + 1)
+            return
+        except DeadlineExceeded:
+            assert deadline is not None
             return
         except QueueFull as refusal:
             num_tokens = sum(each.num_tokens for each in queued) + len(prompt)

@@ -15,7 +15,7 @@ import pytest
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lowbit.server.client import AsyncClient, Delta
-from lowbit.server.config import ServerConfig
+from lowbit.server.config import EngineConfig, ServerConfig
 from lowbit.server.types import CannotListen
 from serving import RecitingRunner, Rig, make_rig, running
 
@@ -79,6 +79,21 @@ async def test_a_deadline_stops_the_generation(
     await assert_one_more_step_at_most(rig, 3)
 
 
+async def test_a_deadline_that_cannot_be_met_is_refused_on_arrival() -> None:
+    engine = EngineConfig(max_num_seqs=4, max_num_batched_tokens=32)
+    config = replace(CONFIG, engine=engine)
+    runner = RecitingRunner(step_seconds=0.02)
+    async with running(make_rig(runner, config=config)) as rig, AsyncClient(rig.address) as client:
+        await client.generate("a" * 100, max_tokens=1)  # shows how fast it is
+        num_steps = rig.runner.num_steps
+        with pytest.raises(grpc.aio.AioRpcError, match="400 tokens of this prompt") as caught:
+            await client.generate("b" * 400, timeout_seconds=5, deadline_seconds=0.1)
+        assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
+        assert rig.runner.num_steps == num_steps
+        assert rig.ended("deadline") == 1
+        assert (await client.generate("b" * 400, deadline_seconds=5)).text == "Hello, world!"
+
+
 async def test_a_client_that_drops_its_connection_stops_the_generation(rig: Rig) -> None:
     rig.runner.allow(1)
     client = AsyncClient(rig.address)
@@ -108,6 +123,27 @@ async def test_a_client_may_ping_as_often_as_it_likes(rig: Rig) -> None:
         assert payload == number.to_bytes(8)
     writer.close()
     await writer.wait_closed()
+
+
+async def test_an_old_connection_is_told_to_go_and_its_streams_may_end() -> None:
+    runner = RecitingRunner(step_seconds=0.1)  # 14 of them: a stream outlives its connection's age
+    config = replace(CONFIG, max_connection_age_seconds=0.5)
+    async with running(make_rig(runner, config=config)) as rig, AsyncClient(rig.address) as client:
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.server.port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        stream = asyncio.create_task(finish(client))
+        kinds: list[int] = []
+        async with asyncio.timeout(5):
+            while 7 not in kinds:  # GOAWAY
+                header = await reader.readexactly(9)
+                await reader.readexactly(int.from_bytes(header[:3]))
+                kinds.append(header[3])
+        assert not stream.done()
+        deltas = await stream
+        assert isinstance(deltas, list)
+        assert "".join(delta.text for delta in deltas) == "Hello, world!"
+        assert (await client.generate("Hi")).text == "Hello, world!"
+        writer.close()
 
 
 async def test_no_block_is_lost_in_a_storm_of_random_ends() -> None:

@@ -9,7 +9,14 @@ from lowbit.server.config import EngineConfig
 from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.engine.scheduler import SchedulerOutput
 from lowbit.server.engine.sequence import SampledToken, SequenceResult
-from lowbit.server.types import Priority, QueueFull, SamplingParams, SchedulingParams
+from lowbit.server.types import (
+    DeadlineExceeded,
+    FinishReason,
+    Priority,
+    QueueFull,
+    SamplingParams,
+    SchedulingParams,
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -21,6 +28,8 @@ class Arrival:
     tenant: str = ""
     weight: float = 1.0
     priority: Priority = Priority.NORMAL
+    deadline_seconds: float | None = None
+    num_shared_tokens: int = 0  # the prompt begins with so many that all prompts have
 
 
 @dataclass(slots=True)
@@ -35,6 +44,7 @@ class Simulation:
     ttft: dict[int, float] = field(default_factory=dict)  # by the arrival's number
     finished: dict[int, float] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)
+    late: set[int] = field(default_factory=set)  # past their deadline, waiting or running
     tokens: dict[str, int] = field(default_factory=dict)  # generated, by tenant
     num_preemptions: int = 0
 
@@ -64,6 +74,9 @@ class Simulation:
                 self._add(engine, heapq.heappop(pending))
             for output in engine.step():
                 arrival = by_number[int(output.request_id)]
+                if output.finish_reason is FinishReason.DEADLINE:
+                    self.late.add(arrival.number)
+                    continue
                 self.ttft.setdefault(arrival.number, self.now - arrival.seconds)
                 self.tokens[arrival.tenant] = self.tokens.get(arrival.tenant, 0) + 1
                 if output.finish_reason is not None:
@@ -72,12 +85,16 @@ class Simulation:
 
     def _add(self, engine: LLMEngine, arrival: Arrival) -> None:
         # The number in front: no two prompts share a block.
-        prompt = [arrival.number] * arrival.num_prompt_tokens
+        num_own = arrival.num_prompt_tokens - arrival.num_shared_tokens
+        prompt = [0] * arrival.num_shared_tokens + [arrival.number] * num_own
         params = SamplingParams(temperature=0, max_tokens=arrival.max_tokens)
         scheduling = SchedulingParams(
-            tenant=arrival.tenant, weight=arrival.weight, priority=arrival.priority
+            tenant=arrival.tenant,
+            weight=arrival.weight,
+            priority=arrival.priority,
+            deadline_seconds=arrival.deadline_seconds,
         )
         try:
             engine.add(engine.new_sequence(str(arrival.number), prompt, params, scheduling))
-        except QueueFull:
+        except (QueueFull, DeadlineExceeded):
             self.refused.add(arrival.number)
