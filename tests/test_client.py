@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import grpc
 import grpc.aio
 import pytest
 from grpc import StatusCode
-from lowbit.server.client import AsyncClient, Client
+from lowbit.server.client import AbortOutcome, AsyncClient, Client
 from lowbit.server.config import ServerConfig
 from lowbit.server.types import ChatMessage, FinishReason
 from serving import RecitingRunner, Rig, make_rig, running
@@ -123,3 +125,82 @@ async def test_arguments_that_no_server_should_see() -> None:
             await client.generate([1, HELLO])  # type: ignore[list-item]
         with pytest.raises(ValueError, match="temprature"):
             await client.generate("Hi", temprature=1.0)  # type: ignore[call-arg]
+
+
+@pytest.fixture
+def own_level() -> Iterator[None]:
+    logger = logging.getLogger("lowbit")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+async def test_tokens_and_texts_both_ways(rig: Rig) -> None:
+    def use() -> None:
+        with Client(rig.address) as client:
+            tokens = client.tokenize("né")
+            assert tokens.ids == tuple("né".encode()) and tokens.texts[0] == "n"
+            assert client.count_tokens("né") == 3
+            assert client.count_tokens([HELLO]) == len(client.tokenize([HELLO]).ids) > 5
+            assert client.detokenize(tokens.ids) == "né"
+
+    await asyncio.to_thread(use)
+    async with AsyncClient(rig.address) as client:
+        tokens = await client.tokenize("né")
+        assert tokens.ids == tuple("né".encode()) and tokens.texts[0] == "n"
+        assert await client.count_tokens("né") == 3
+        assert await client.count_tokens([HELLO]) == len((await client.tokenize([HELLO])).ids) > 5
+        assert await client.detokenize(tokens.ids) == "né"
+        with pytest.raises(grpc.RpcError, match="320"):
+            await client.detokenize([320])
+
+
+async def test_what_is_served_and_how_busy_it_is(rig: Rig) -> None:
+    def use() -> tuple[object, object, object]:
+        with Client(rig.address) as client:
+            return client.model(), client.server_info(), client.load()
+
+    async with AsyncClient(rig.address) as client:
+        model, info, load = await client.model(), await client.server_info(), await client.load()
+        blocking_model, blocking_info, blocking_load = await asyncio.to_thread(use)
+    assert (model.name, model.max_model_len, model.vocab_size) == ("recital", 512, 320)
+    assert model.quantization is None and model.has_chat_template
+    assert info.state == "serving" and info.uptime_seconds > 0
+    assert info.max_receive_message_bytes == rig.config.max_message_bytes
+    assert (load.num_running, load.num_waiting, load.num_requests) == (0, 0, 0)
+    assert (blocking_model, blocking_load) == (model, load)
+    assert blocking_info == replace(info, uptime_seconds=blocking_info.uptime_seconds)
+
+
+async def test_the_operators_calls(own_level: None) -> None:
+    runner = RecitingRunner(endless=True, step_seconds=0.02)
+    async with running(make_rig(runner)) as rig, AsyncClient(rig.address, max_attempts=1) as client:
+        calls = [
+            asyncio.create_task(client.generate("Hi", request_id=f"r{i}", max_tokens=500))
+            for i in range(4)
+        ]
+        while rig.llm.scheduler.num_running < 4:
+            await asyncio.sleep(0.001)
+
+        def use() -> None:
+            with Client(rig.address, max_attempts=1) as blocking:
+                outcomes = blocking.abort(["r0", "nobody's"])
+                assert outcomes == {
+                    "r0": AbortOutcome.ABORTED,
+                    "nobody's": AbortOutcome.NOT_FOUND,
+                }
+                blocking.set_log_level("error")
+                assert blocking.set_log_level("warning") == "error"
+                assert blocking.drain(grace_seconds=0.01) == 3
+
+        await asyncio.to_thread(use)
+        assert (await calls[0]).finish_reason is FinishReason.CANCELLED
+        assert (await client.abort(["r0", "r1"])) == {
+            "r0": AbortOutcome.ALREADY_FINISHED,
+            "r1": AbortOutcome.ABORTED,
+        }
+        assert await client.set_log_level("info") == "warning"
+        assert set(await client.abort_all()) == {"r2", "r3"}
+        await asyncio.gather(*calls)
+        assert await client.drain() == 0
+        assert (await client.server_info()).state == "draining"

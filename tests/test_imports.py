@@ -48,7 +48,7 @@ ALLOWED = {
         "server.metrics",
         "proto",
     },
-    "server.client": {"proto", "server.types"},
+    "server.client": {"server.client", "proto", "server.types"},
     "server.terminal": {"server.client", "server.types"},
     "server.bench": {"server.bench", "kernels"},
     "server.cli": {"server", "quant", "kernels"},
