@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import grpc
 import grpc.aio
 import pytest
 import trustme
+from google.protobuf.message import Message
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given, settings
@@ -203,15 +205,19 @@ async def test_cancelled_in_every_state_nothing_is_left(num_requests: int) -> No
 
 # Noise on the wire
 
-METHODS = {
-    "GenerationService/Generate": pb.GenerateRequest(text="Hi", request_id="a"),
+GENERATE = pb.GenerateRequest(text="Hi", request_id="a")
+METHODS: dict[str, Message] = {
+    "GenerationService/Generate": GENERATE,
+    "GenerationService/GenerateStream": GENERATE,
     "GenerationService/Tokenize": pb.TokenizeRequest(text="Hi"),
     "GenerationService/Detokenize": pb.DetokenizeRequest(ids=[1, 2]),
     "ModelService/GetModel": pb.GetModelRequest(),
     "ModelService/GetServerInfo": pb.GetServerInfoRequest(),
     "ModelService/GetLoad": pb.GetLoadRequest(),
     "ControlService/Abort": pb.AbortRequest(request_ids=["a"]),
+    "ControlService/SetLogLevel": pb.SetLogLevelRequest(level=pb.LOG_LEVEL_WARNING),
 }
+DRAIN: dict[str, Message] = {"ControlService/Drain": pb.DrainRequest(grace_seconds=1.0)}
 EXPECTED = {
     StatusCode.OK,
     StatusCode.INVALID_ARGUMENT,
@@ -221,20 +227,21 @@ EXPECTED = {
 
 
 @st.composite
-def messages(draw: st.DrawFn) -> tuple[str, bytes]:
+def messages(draw: st.DrawFn, methods: dict[str, Message]) -> tuple[str, bytes]:
     """A method, and noise or a message with some of its bytes changed, added or taken away."""
-    method = draw(st.sampled_from(sorted(METHODS)))
+    method = draw(st.sampled_from(sorted(methods)))
     if draw(st.booleans()):
         return method, draw(st.binary(max_size=200))
-    request = METHODS[method]
+    request = methods[method]
     if isinstance(request, pb.GenerateRequest):
         request = pb.GenerateRequest()
-        request.CopyFrom(METHODS[method])
+        request.CopyFrom(GENERATE)
         request.sampling.temperature = draw(st.floats())
         request.sampling.max_tokens = draw(st.integers(-(2**31), 2**31 - 1))
         request.sampling.stop.extend(draw(st.lists(st.text(max_size=5), max_size=3)))
         request.sampling.logit_bias[draw(st.integers(0, 2**32 - 1))] = draw(st.floats())
         request.deadline_seconds = draw(st.floats())
+        request.stream_interval = draw(st.integers(-(2**31), 2**31 - 1))
     data = bytearray(request.SerializeToString())
     for _ in range(draw(st.integers(0, 4))):
         place = draw(st.integers(0, len(data)))
@@ -242,25 +249,44 @@ def messages(draw: st.DrawFn) -> tuple[str, bytes]:
     return method, bytes(data)
 
 
-def test_noise_gets_a_status_and_the_server_goes_on() -> None:
+@pytest.fixture
+def own_level() -> Iterator[None]:
+    logger = logging.getLogger("lowbit")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("methods", "num_examples", "afterwards"),
+    [(METHODS, 300, StatusCode.OK), (DRAIN, 60, StatusCode.UNAVAILABLE)],
+    ids=["all but Drain", "Drain"],
+)
+def test_noise_gets_a_status_and_the_server_goes_on(
+    methods: dict[str, Message], num_examples: int, afterwards: StatusCode, own_level: None
+) -> None:
     with asyncio.Runner() as runner:
         rig: Rig = make_rig()
         context = running(rig)
         runner.run(context.__aenter__())
         channel = runner.run(_connect(rig.address))
 
-        @settings(max_examples=200)
-        @given(messages())
+        @settings(max_examples=num_examples)
+        @given(messages(methods))
         def check(message: tuple[str, bytes]) -> None:
             method, data = message
             assert runner.run(_status(channel, method, data)) in EXPECTED
 
         try:
             check()
+            for method, request in methods.items():
+                status = runner.run(_status(channel, method, request.SerializeToString()))
+                assert status is StatusCode.OK
             runner.run(rig.wait_blocks_free())
             data = pb.GenerateRequest(text="Hi").SerializeToString()
-            status = runner.run(_status(channel, "GenerationService/Generate", data))
-            assert status is StatusCode.OK
+            for method in ("Generate", "GenerateStream"):
+                status = runner.run(_status(channel, f"GenerationService/{method}", data))
+                assert status is afterwards
             assert rig.ended("error") == 0
         finally:
             runner.run(channel.close())
@@ -273,7 +299,11 @@ async def _connect(address: str) -> grpc.aio.Channel:
 
 async def _status(channel: grpc.aio.Channel, method: str, data: bytes) -> StatusCode:
     try:
-        await channel.unary_unary(f"/lowbit.v1.{method}")(data, timeout=10)
+        if method.endswith("Stream"):
+            async for _ in channel.unary_stream(f"/lowbit.v1.{method}")(data, timeout=10):
+                pass
+        else:
+            await channel.unary_unary(f"/lowbit.v1.{method}")(data, timeout=10)
     except grpc.aio.AioRpcError as error:
         return error.code()
     return StatusCode.OK
