@@ -34,6 +34,12 @@ class Admission:
         """One request of the caller's, while the block lasts. Raises QuotaExceeded."""
         return nullcontext() if caller is None else self._quotas.request(caller)
 
+    def count_request(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """One that takes no time of the engine. Raises Unauthenticated or QuotaExceeded."""
+        caller = self.caller_of(context)
+        if caller is not None:
+            self._quotas.take_request(caller)
+
     @contextmanager
     def tokens(self, caller: Tenant | None, completion: Completion) -> Iterator[None]:
         """Count the prompt now and the completion at the block's end. Raises QuotaExceeded."""

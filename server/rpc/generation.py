@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from ...proto import generation_pb2 as pb
+from .admission import Admission
 from .deployment import Deployment
 from .prompt import check_token_ids, encode_prompt
 from .requests import RequestServer
@@ -24,13 +25,17 @@ Context = grpc.aio.ServicerContext[bytes, pb.GenerateResponse]
 
 
 class GenerationServicer:
-    def __init__(self, deployment: Deployment, requests: RequestServer) -> None:
+    def __init__(
+        self, deployment: Deployment, requests: RequestServer, admission: Admission
+    ) -> None:
         self._deployment = deployment
         self._requests = requests
+        self._admission = admission
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service's methods, for a server to register."""
         serialize = pb.GenerateResponse.SerializeToString
+        admit = self._admission.count_request
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
@@ -40,8 +45,8 @@ class GenerationServicer:
                 "GenerateStream": grpc.unary_stream_rpc_method_handler(
                     self.generate_stream, response_serializer=serialize
                 ),
-                "Tokenize": unary_handler(pb.TokenizeRequest, self.tokenize),
-                "Detokenize": unary_handler(pb.DetokenizeRequest, self.detokenize),
+                "Tokenize": unary_handler(pb.TokenizeRequest, self.tokenize, admit),
+                "Detokenize": unary_handler(pb.DetokenizeRequest, self.detokenize, admit),
             },
         )
 

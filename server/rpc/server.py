@@ -158,9 +158,10 @@ class GenerationServer:
             compression=compression(config),
         )
         services = [generation.SERVICE_NAME, model.SERVICE_NAME]
-        requests = RequestServer(config, deployment, calls, self._metrics, Admission(self._keys))
+        admission = Admission(self._keys)
+        requests = RequestServer(config, deployment, calls, self._metrics, admission)
         handlers = [
-            GenerationServicer(deployment, requests).handler(),
+            GenerationServicer(deployment, requests, admission).handler(),
             ModelServicer(config, deployment, calls).handler(),
         ]
         if config.kserve:

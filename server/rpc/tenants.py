@@ -5,7 +5,7 @@ makes them), so nothing is gained by hashing slowly.
 
     [tenants.acme]
     keys = ["sha256:…"]              # one or more
-    requests_per_minute = 600        # every limit may be left out
+    requests_per_minute = 600        # Tokenize and Detokenize count; every limit may be left out
     tokens_per_minute = 100_000      # prompt and completion
     max_concurrent_requests = 32
     max_tokens = 2048                # of one completion
@@ -223,13 +223,18 @@ class Quotas:
                 f"{account.num_requests} requests are running; max_concurrent_requests is {most}",
                 retry_after_seconds=1.0,
             )
-        self._require(tenant, "requests_per_minute", account.requests, 1)
-        account.requests.take(1)
+        self.take_request(tenant)
         account.num_requests += 1
         try:
             yield
         finally:
             account.num_requests -= 1
+
+    def take_request(self, tenant: Tenant) -> None:
+        """Raises QuotaExceeded, and takes nothing, where the minute's are used up."""
+        allowance = self._account(tenant).requests
+        self._require(tenant, "requests_per_minute", allowance, 1)
+        allowance.take(1)
 
     def take_prompt(self, tenant: Tenant, num_tokens: int) -> None:
         """Raises QuotaExceeded, and takes nothing, where they are more than may be taken now."""

@@ -13,14 +13,23 @@ from .convert import new_request_id
 from .errors import abort, describe
 from .wire import Request, parse
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
 
 def unary_handler(
-    kind: type[Request], method: Callable[[Request], Awaitable[Message]]
+    kind: type[Request],
+    method: Callable[[Request], Awaitable[Message]],
+    admit: Callable[[Context], None] | None = None,
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    """Parse the bytes of a call, answer it, or end it with the status of what is raised."""
+    """Parse the bytes of a call, answer it, or end it with the status of what is raised.
 
-    async def handle(data: bytes, context: grpc.aio.ServicerContext[bytes, Message]) -> Message:
+    `admit` may raise before anything is looked at.
+    """
+
+    async def handle(data: bytes, context: Context) -> Message:
         try:
+            if admit is not None:
+                admit(context)
             return await method(parse(data, kind))
         except Exception as error:
             await abort(context, describe(error, new_request_id()))

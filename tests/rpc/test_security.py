@@ -156,6 +156,25 @@ async def test_a_tenants_limits(rig: Rig) -> None:
         assert "tenant is 'acme'; the API key is that of 'small'" in (error.details() or "")
 
 
+async def test_encoding_counts_as_a_request(tmp_path: Path) -> None:
+    path, key = tmp_path / "keys.toml", new_key()
+    path.write_text(f'[tenants.a]\nkeys = ["{hash_key(key)}"]\nrequests_per_minute = 3')
+    async with (
+        running(make_rig(config=replace(CONFIG, api_keys=str(path)))) as rig,
+        AsyncClient(rig.address, api_key=key, max_attempts=1) as client,
+    ):
+        for _ in range(10):
+            await client.load()  # costs nothing
+        await client.tokenize("Hi")
+        await client.detokenize([65])
+        await client.generate("Hi")
+        for call in (client.tokenize("Hi"), client.detokenize([65]), client.generate("Hi")):
+            error = await refused(call)
+            assert error.code() is StatusCode.RESOURCE_EXHAUSTED
+            assert "requests_per_minute is 3" in (error.details() or "")
+        await client.load()
+
+
 async def test_too_many_at_once_is_told_with_what_google_has_for_it(keys_file: Path) -> None:
     runner = RecitingRunner(gated=True)
     rig = make_rig(runner, config=replace(CONFIG, api_keys=str(keys_file)))
