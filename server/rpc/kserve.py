@@ -19,7 +19,7 @@ from ...proto import generation_pb2 as pb
 from ...proto import kserve_pb2 as ks
 from ..types import InvalidRequest
 from .deployment import Deployment, State
-from .errors import ModelNotFound
+from .errors import ModelNotFound, UnsupportedField
 from .requests import RequestServer
 from .unary import unary_handler
 from .wire import parse
@@ -107,6 +107,8 @@ class InferenceServicer:
         """One request of a stream, whose failure is a message and does not end the stream."""
 
         async def send(part: pb.GenerateResponse) -> None:
+            if part.HasField("error"):
+                return  # the same is told in `error_message`
             response = _response(part, self._deployment.loaded.model.name)
             await context.write(ks.ModelStreamInferResponse(infer_response=response))
 
@@ -117,7 +119,7 @@ class InferenceServicer:
             request_id = message.id
             generate, streams = self._read(message)
             request = partial(pb.GenerateRequest.FromString, generate.SerializeToString())
-        except (InvalidRequest, ModelNotFound) as error:
+        except Exception as error:  # told like every failure, and counted, by `serve`
             request = partial(_raise, error)
         call = _OneOfMany(context)
         try:
@@ -142,6 +144,10 @@ class InferenceServicer:
         generate = pb.GenerateRequest(request_id=request.id, text=_text(values, "text_input"))
         if "sampling_parameters" in values:
             generate.sampling.CopyFrom(_sampling(_text(values, "sampling_parameters")))
+        if generate.sampling.n > 1:
+            raise UnsupportedField(
+                f"sampling_parameters.n is {generate.sampling.n}; {_OUTPUT} holds one completion"
+            )
         return generate, values.get("stream", b"\0") != b"\0"
 
     def _has(self, name: str, model_version: str) -> bool:

@@ -22,8 +22,9 @@ from smg_grpc_proto.generated import common_pb2 as common  # type: ignore[import
 
 from ...proto import generation_pb2 as pb
 from .calls import Calls
+from .convert import new_request_id
 from .deployment import Deployment, State
-from .errors import UnsupportedField
+from .errors import UnsupportedField, abort, describe
 from .requests import RequestServer
 from .unary import unary_handler
 from .wire import parse
@@ -132,7 +133,10 @@ class VllmEngineServicer:
 
     async def get_tokenizer(self, _: bytes, context: Context) -> None:
         """The tokenizer's files, zipped, with the hash of the whole in the last chunk."""
-        data = await asyncio.to_thread(_zip, Path(self._deployment.loaded.model.folder))
+        try:
+            data = await asyncio.to_thread(_zip, Path(self._deployment.loaded.model.folder))
+        except Exception as error:
+            await abort(context, describe(error, new_request_id()))
         for start in range(0, len(data), _CHUNK_BYTES):
             chunk = common.GetTokenizerChunk(data=data[start : start + _CHUNK_BYTES])
             if start + _CHUNK_BYTES >= len(data):

@@ -16,9 +16,10 @@ import pytest
 from grpc import StatusCode
 from lowbit.proto import kserve_pb2 as ks
 from lowbit.server.config import ServerConfig
-from serving import Rig, make_rig, running
+from serving import RecitingRunner, Rig, make_rig, running
 
 # In a process of its own: its messages have the names of ours, and protobuf knows each name once.
+CONFIG = ServerConfig(port=0, metrics_port=0, kserve=True)
 TRITON_CLIENT = """
 import json, queue, sys
 import numpy
@@ -66,7 +67,7 @@ print(json.dumps({"whole": whole.as_numpy("text_output")[0].decode(), "id": whol
 
 @pytest.fixture
 async def rig() -> AsyncIterator[Rig]:
-    async with running(make_rig(config=ServerConfig(port=0, metrics_port=0, kserve=True))) as rig:
+    async with running(make_rig(config=CONFIG)) as rig:
         yield rig
         await rig.wait_blocks_free()
         assert rig.ended("error") == 0
@@ -131,6 +132,11 @@ async def test_contents_that_are_not_raw(rig: Rig) -> None:
             StatusCode.INVALID_ARGUMENT,
             "temprature",
         ),
+        (
+            infer_request(text_input=b"Hi", sampling_parameters=b'{"n": 2}'),
+            StatusCode.UNIMPLEMENTED,
+            "sampling_parameters.n is 2",
+        ),
     ],
     ids=lambda value: str(value)[:30].replace("\n", " "),
 )
@@ -141,6 +147,50 @@ async def test_bad_input(
         with pytest.raises(grpc.aio.AioRpcError, match=text) as caught:
             await infer(channel)(request_)
         assert caught.value.code() is code
+
+
+def infer_stream(channel: grpc.aio.Channel) -> Any:
+    return channel.stream_stream(
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+        request_serializer=ks.ModelInferRequest.SerializeToString,
+        response_deserializer=ks.ModelStreamInferResponse.FromString,
+    )()
+
+
+async def test_a_stream_to_a_server_that_loads_is_told_so_and_goes_on() -> None:
+    rig = make_rig(config=CONFIG)
+    await rig.server.start()
+    try:
+        async with grpc.aio.insecure_channel(rig.address) as channel:
+            stream = infer_stream(channel)
+            await stream.write(infer_request(text_input=b"Hi"))
+            assert (await stream.read()).error_message.startswith("UNAVAILABLE: the server is load")
+            await rig.server.open(rig.loaded)
+            await stream.write(infer_request(text_input=b"Hi"))
+            text = (await stream.read()).infer_response.raw_output_contents[0][4:]
+            assert text == b"Hello, world!"
+            await stream.done_writing()
+            assert await stream.code() is StatusCode.OK
+    finally:
+        await rig.server.stop()
+
+
+async def test_what_fails_on_the_way_ends_with_an_error_and_no_final_response() -> None:
+    runner = RecitingRunner(gated=True)
+    async with (
+        running(make_rig(runner, config=CONFIG)) as rig,
+        grpc.aio.insecure_channel(rig.address) as channel,
+    ):
+        stream = infer_stream(channel)
+        await stream.write(infer_request(text_input=b"Hi", stream=True))
+        runner.allow(1)
+        first = await stream.read()
+        assert not first.infer_response.parameters["triton_final_response"].bool_param
+        runner.fails = True
+        runner.open()
+        assert (await stream.read()).error_message.startswith("INTERNAL: request")
+        await stream.done_writing()
+        assert await stream.code() is StatusCode.OK
 
 
 async def test_it_is_off_unless_asked_for() -> None:

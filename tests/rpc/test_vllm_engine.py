@@ -142,3 +142,16 @@ async def test_the_gateway_with_openais_client_in_front(rig: Rig, tmp_path: Path
     finally:
         process.kill()  # it would keep its port for 5 seconds more
         await asyncio.to_thread(process.wait)
+
+
+async def test_a_server_that_loads_has_no_tokenizer_yet() -> None:
+    rig = make_rig(config=CONFIG)
+    await rig.server.start()
+    try:
+        async with grpc.aio.insecure_channel(rig.address) as channel:
+            call = channel.unary_stream("/vllm.grpc.engine.VllmEngine/GetTokenizer")(b"")
+            with pytest.raises(grpc.aio.AioRpcError, match="loading its model") as caught:
+                await call.read()
+            assert caught.value.code() is StatusCode.UNAVAILABLE
+    finally:
+        await rig.server.stop()
