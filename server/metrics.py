@@ -159,6 +159,11 @@ class RequestObserver:
         """From the arrival to the last token so far."""
         return self._last_token - self._arrival
 
+    @property
+    def elapsed_seconds(self) -> float:
+        """From the arrival until now."""
+        return time.monotonic() - self._arrival
+
     def token(self) -> None:
         """The engine delivered a token."""
         now = time.monotonic()

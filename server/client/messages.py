@@ -343,10 +343,11 @@ def tokenize_request(
     count_only: bool = False,
 ) -> pb.TokenizeRequest:
     request = pb.TokenizeRequest(
-        add_special_tokens=add_special_tokens,
         parse_special_tokens=parse_special_tokens,
         count_only=count_only,
     )
+    if not add_special_tokens:
+        request.add_special_tokens = False
     if isinstance(prompt, str):
         request.text = prompt
     else:

@@ -5,6 +5,7 @@ The handlers take bytes, so that a message which does not parse gets an answer t
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import Final
 
@@ -12,6 +13,7 @@ import grpc
 import grpc.aio
 
 from ...proto import generation_pb2 as pb
+from ..types import InvalidRequest
 from .admission import Admission
 from .deployment import Deployment
 from .prompt import check_token_ids, encode_prompt
@@ -67,17 +69,21 @@ class GenerationServicer:
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         loaded = self._deployment.loaded
+        if request.HasField("add_special_tokens") and not request.HasField("text"):
+            raise InvalidRequest("add_special_tokens is set; it is for an input of text")
         adds = not request.HasField("add_special_tokens") or request.add_special_tokens
         token_ids = await encode_prompt(request, loaded, add_special_tokens=adds)
         response = pb.TokenizeResponse(num_tokens=len(token_ids))
         if not request.count_only:
             response.ids.extend(token_ids)
-            response.texts.extend(map(loaded.tokenizer.token_text, token_ids))
+            text_of = loaded.tokenizer.token_text
+            response.texts.extend(await asyncio.to_thread(lambda: list(map(text_of, token_ids))))
         return response
 
     async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         loaded = self._deployment.loaded
         token_ids = check_token_ids("ids", request.ids, loaded)
         skips = not request.HasField("skip_special_tokens") or request.skip_special_tokens
-        text = loaded.tokenizer.decode(token_ids, skip_special_tokens=skips)
+        decode = loaded.tokenizer.decode
+        text = await asyncio.to_thread(decode, token_ids, skip_special_tokens=skips)
         return pb.DetokenizeResponse(text=text)

@@ -6,6 +6,7 @@ Every protocol that is served comes through here, as the same message.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -101,7 +102,8 @@ class RequestServer:
                     self._calls.running(request_id, generation.stream.abort),
                     self._admission.tokens(caller, generation.completion),
                 ):
-                    await self._generate(request_id, generation)
+                    scheduling = _scheduling_now(generation.scheduling, observer)
+                    await self._generate(request_id, generation, scheduling)
         except asyncio.CancelledError:
             # The caller left, or its deadline passed. grpc.aio leaks the call unless this goes on.
             observer.end("cancelled")
@@ -119,12 +121,14 @@ class RequestServer:
             assert generation.completion.end is not None
             observer.end(generation.completion.end)
 
-    async def _generate(self, request_id: str, generation: _Generation) -> None:
+    async def _generate(
+        self, request_id: str, generation: _Generation, scheduling: SchedulingParams
+    ) -> None:
         outputs = generation.loaded.engine.generate(
             request_id,
             generation.token_ids,
             generation.params,
-            generation.scheduling,
+            scheduling,
             generation.constraint,
         )
         await generation.stream.run(outputs)
@@ -186,6 +190,16 @@ class RequestServer:
             raise InvalidRequest(
                 f"{form[0]} was not compiled within {_MAX_COMPILE_SECONDS:.0f} seconds"
             ) from None
+
+
+def _scheduling_now(params: SchedulingParams, observer: RequestObserver) -> SchedulingParams:
+    """Encoding and compiling take their time off the deadline. Raises DeadlineExceeded."""
+    if params.deadline_seconds is None:
+        return params
+    remaining = params.deadline_seconds - observer.elapsed_seconds
+    if remaining <= 0:
+        raise DeadlineExceeded("the deadline passed before the request came to the engine")
+    return dataclasses.replace(params, deadline_seconds=remaining)
 
 
 def _completion(

@@ -23,6 +23,7 @@ from lowbit.server.types import FinishReason
 from serving import RecitingRunner, Rig, make_rig, running
 
 CONFIG = ServerConfig(port=0, metrics_port=0)
+CHAT = pb.Chat(messages=[pb.ChatMessage(role=pb.CHAT_ROLE_USER, content="Hi")])
 
 
 @pytest.fixture
@@ -77,6 +78,7 @@ async def test_tokenize_counts_and_detokenize_undoes(channel: grpc.aio.Channel) 
     for call, request in (
         (stub.Tokenize, pb.TokenizeRequest()),
         (stub.Tokenize, pb.TokenizeRequest(text="")),
+        (stub.Tokenize, pb.TokenizeRequest(chat=CHAT, add_special_tokens=False)),
         (stub.Detokenize, pb.DetokenizeRequest()),
         (stub.Detokenize, pb.DetokenizeRequest(ids=[320])),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -17,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lowbit.server.client import AsyncClient, Delta
 from lowbit.server.config import EngineConfig, ServerConfig
 from lowbit.server.types import CannotListen
-from serving import RecitingRunner, Rig, make_rig, running
+from serving import ByteCodec, RecitingRunner, Rig, make_rig, running
 
 CONFIG = ServerConfig(port=0, metrics_port=0)
 
@@ -92,6 +93,23 @@ async def test_a_deadline_that_cannot_be_met_is_refused_on_arrival() -> None:
         assert rig.runner.num_steps == num_steps
         assert rig.ended("deadline") == 1
         assert (await client.generate("b" * 400, deadline_seconds=5)).text == "Hello, world!"
+
+
+async def test_encoding_takes_its_time_off_the_deadline() -> None:
+    class SlowCodec(ByteCodec):
+        def encode(self, text: str, **options: bool) -> list[int]:
+            time.sleep(0.2)
+            return super().encode(text, **options)
+
+    async with (
+        running(make_rig(tokenizer=SlowCodec())) as rig,
+        AsyncClient(rig.address) as client,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match="before the request came") as caught:
+            await client.generate("Hi", deadline_seconds=0.1)
+        assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
+        assert rig.runner.num_steps == 0 and rig.ended("deadline") == 1
+        assert (await client.generate("Hi", deadline_seconds=10)).text == "Hello, world!"
 
 
 async def test_a_client_that_drops_its_connection_stops_the_generation(rig: Rig) -> None:
