@@ -35,7 +35,7 @@ class Admission:
         return nullcontext() if caller is None else self._quotas.request(caller)
 
     def count_request(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """One that takes no time of the engine. Raises Unauthenticated or QuotaExceeded."""
+        """One that the engine has no part in. Raises Unauthenticated or QuotaExceeded."""
         caller = self.caller_of(context)
         if caller is not None:
             self._quotas.take_request(caller)

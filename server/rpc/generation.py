@@ -14,7 +14,6 @@ import grpc.aio
 
 from ...proto import generation_pb2 as pb
 from ..types import InvalidRequest
-from .admission import Admission
 from .deployment import Deployment
 from .prompt import check_token_ids, encode_prompt
 from .requests import RequestServer
@@ -27,17 +26,14 @@ Context = grpc.aio.ServicerContext[bytes, pb.GenerateResponse]
 
 
 class GenerationServicer:
-    def __init__(
-        self, deployment: Deployment, requests: RequestServer, admission: Admission
-    ) -> None:
+    def __init__(self, deployment: Deployment, requests: RequestServer) -> None:
         self._deployment = deployment
         self._requests = requests
-        self._admission = admission
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service's methods, for a server to register."""
         serialize = pb.GenerateResponse.SerializeToString
-        admit = self._admission.count_request
+        admit = self._requests.admit
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {

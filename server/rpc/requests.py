@@ -73,6 +73,14 @@ class RequestServer:
         # Of its own: what takes long to compile keeps no prompt waiting to be encoded.
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="lowbit-compiling")
 
+    def admit(self, context: Context) -> None:
+        """Count a call that the engine has no part in.
+
+        Raises QueueFull, Unauthenticated or QuotaExceeded.
+        """
+        self._calls.enter(context)
+        self._admission.count_request(context)
+
     async def serve(
         self,
         read: Callable[[], pb.GenerateRequest],

@@ -158,10 +158,9 @@ class GenerationServer:
             compression=compression(config),
         )
         services = [generation.SERVICE_NAME, model.SERVICE_NAME]
-        admission = Admission(self._keys)
-        requests = RequestServer(config, deployment, calls, self._metrics, admission)
+        requests = RequestServer(config, deployment, calls, self._metrics, Admission(self._keys))
         handlers = [
-            GenerationServicer(deployment, requests, admission).handler(),
+            GenerationServicer(deployment, requests).handler(),
             ModelServicer(config, deployment, calls).handler(),
         ]
         if config.kserve:

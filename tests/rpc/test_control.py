@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from lowbit.proto import generation_pb2_grpc as pb_grpc
 from lowbit.server.client import AsyncClient, Client
 from lowbit.server.config import EngineConfig, ServerConfig
 from lowbit.server.types import FinishReason
-from serving import RecitingRunner, Rig, make_rig, running
+from serving import ByteCodec, RecitingRunner, Rig, make_rig, running
 
 CONFIG = ServerConfig(port=0, metrics_port=0)
 CHAT = pb.Chat(messages=[pb.ChatMessage(role=pb.CHAT_ROLE_USER, content="Hi")])
@@ -217,6 +218,24 @@ async def test_a_full_queue_says_when_to_try_again() -> None:
         assert (await asyncio.wait_for(patient, 10)).text == "Hello, world!"
         await asyncio.gather(*calls)
         assert rig.ended("queue_full") == 2
+
+
+async def test_encoding_is_bounded_like_every_request() -> None:
+    class SlowCodec(ByteCodec):
+        def encode(self, text: str, **options: bool) -> list[int]:
+            time.sleep(0.2)
+            return super().encode(text, **options)
+
+    engine = EngineConfig(max_num_seqs=1, max_queued_requests=1)
+    rig = make_rig(config=replace(CONFIG, engine=engine), tokenizer=SlowCodec())
+    async with running(rig), AsyncClient(rig.address, max_attempts=1) as client:
+        calls = [asyncio.create_task(client.tokenize("Hi")) for _ in range(3)]
+        await asyncio.wait(calls)
+        failures = [call.exception() for call in calls if call.exception() is not None]
+        (refused,) = failures
+        assert isinstance(refused, grpc.aio.AioRpcError)
+        assert refused.code() is StatusCode.RESOURCE_EXHAUSTED
+        assert (await client.tokenize("Hi")).ids == tuple(b"Hi")
 
 
 async def test_what_fails_in_a_stream_is_its_last_part_and_its_status() -> None:
