@@ -14,12 +14,12 @@ Shapes: T tokens in the step, B sequences, H heads, Hkv key-value heads, D head 
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .triton_launch import on_device_of
 
 _PART_TOKENS = 512  # keys per program of a decode
 _PREFILL_ROWS = 64  # rows (new tokens x heads that share keys) per program
@@ -337,7 +337,7 @@ def paged_attention(
         "TILE": tile_keys(padded_dim),
         "STAGES": 2,
     }
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with on_device_of(q):
         if num_tokens > num_sequences:
             queries = max(1, _PREFILL_ROWS // padded_group)
             _prefill_kernel[(num_tokens // queries + num_sequences, num_kv_heads)](
@@ -387,7 +387,7 @@ def rope_and_store(
     queries = qkv.new_empty(len(qkv), num_heads, head_dim)
     if not len(qkv):
         return queries
-    with torch.cuda.device(qkv.device) if qkv.is_cuda else contextlib.nullcontext():
+    with on_device_of(qkv):
         _rope_and_store_kernel[(len(qkv), num_heads + 2 * num_kv_heads)](
             qkv, cos, sin, slots, queries, keys, values, num_heads, num_kv_heads, qkv.stride(0),
             HEAD_DIM=head_dim, PADDED_HALF=triton.next_power_of_2(head_dim // 2), num_warps=1,

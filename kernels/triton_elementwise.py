@@ -6,12 +6,12 @@ where that layer was quantized with its inputs sorted (act-order). Shapes: T row
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .triton_launch import on_device_of
 
 _SILU_BLOCK = 1024
 
@@ -108,7 +108,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, permutation: Tensor | None)
     num_rows, num_features = x.shape
     if num_rows == 0:
         return y
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         _rms_norm_kernel[(num_rows,)](
             x,
             weight,
@@ -135,7 +135,7 @@ def _silu_mul(gate_up: Tensor, permutation: Tensor | None) -> Tensor:
     y = gate_up.new_empty(num_rows, num_features)
     if num_rows == 0:
         return y
-    with torch.cuda.device(gate_up.device) if gate_up.is_cuda else contextlib.nullcontext():
+    with on_device_of(gate_up):
         _silu_mul_kernel[(triton.cdiv(num_features, _SILU_BLOCK), num_rows)](
             gate_up,
             gate_up if permutation is None else permutation,

@@ -30,9 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import FragmentWeight, PackedWeight, move, tile_inputs, to_fragments
-from .tuning import GpuTuning, default_tuning, load_tuning, row_block
+from .triton_launch import on_device_of
+from .tuning import BLOCK_K, GpuTuning, default_tuning, load_tuning, row_block
 
-BLOCK_K = 128  # inputs per step of a program; parts of K are whole steps
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _WEIGHT_SLICE_BYTES = 64 << 20  # of dequantized weights at a time, beyond the tensor-core tier
 _REDUCE_BLOCK = 1024
@@ -699,8 +699,7 @@ def _linear(
     launch = _Launch(x, planes, scales, zeros, bits, group_size, out_features, k_width, bf16_scales)
     if x.shape[0] == 0:
         return x.new_empty(0, out_features)
-    # A kernel launches on the current device, which need not be that of its arguments.
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         tier = tier_of(x.shape[0], launch.tuning)
         if tier == "dequantize":
             return launch.dequantize_and_multiply(bias, residual)

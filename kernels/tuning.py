@@ -14,8 +14,8 @@ from pathlib import Path
 TUNED_FOLDER = Path(__file__).parent / "tuned"
 ROW_BLOCKS = (16, 32, 64)  # rows of x that one program takes
 _PART_TILE = 128  # outputs that the number of parts is counted in
-_PART_BLOCK = 128  # inputs: parts are whole blocks
-_MIN_PART_BLOCKS = 4
+BLOCK_K = 128  # inputs per step of a program; parts of K are whole steps
+_MINBLOCK_KS = 4
 
 
 class InvalidTuning(ValueError):
@@ -62,8 +62,8 @@ class GpuTuning:
     def num_parts(self, in_features: int, out_features: int) -> int:
         """Into how many parts K is cut, so that one wave of programs fills the GPU."""
         tiles = -(-out_features // _PART_TILE)
-        blocks = -(-in_features // _PART_BLOCK)
-        return max(1, min(self.ctas_per_sm * self.num_sms // tiles, blocks // _MIN_PART_BLOCKS))
+        blocks = -(-in_features // BLOCK_K)
+        return max(1, min(self.ctas_per_sm * self.num_sms // tiles, blocks // _MINBLOCK_KS))
 
 
 def row_block(num_rows: int) -> int:
