@@ -16,7 +16,7 @@ import functools
 import logging
 import math
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .interface import (
     AttentionPlan,
+    AttentionSpec,
     BackendUnavailable,
     ForwardBatch,
     KernelBackend,
@@ -47,6 +48,7 @@ _VECTORISED = ("AVX2", "AVX512")  # elsewhere the operator is a scalar loop, 20x
 _SCALE_DTYPE = torch.float16  # of an int8 KV cache
 _MIN_SCALE = 2.0**-24  # the smallest that float16 holds
 _FEW_QUERIES = 8  # up to here grouping them by head takes half the time (6,000 keys)
+_SCORE_NUMBERS = 1 << 22  # of explicit scores that are held at a time: 32 MiB
 _RESCORED = 64  # candidates whose logits are recomputed in float32
 
 
@@ -88,7 +90,7 @@ class RescoredHead:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Sequences with one new token each and contexts of similar length, in the step's order."""
+    """Sequences with one new token each that see contexts of similar length, in any order."""
 
     rows: Tensor  # [b] int64, rows of the step
     blocks: Tensor  # [b * blocks] int32
@@ -97,19 +99,33 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Several new tokens of one sequence."""
+    """Several new tokens of one sequence, and the n positions that any of them sees."""
 
     start: int
     end: int
     blocks: Tensor  # [blocks] int32
-    context_len: int
-    mask: Tensor | None  # [end - start, context_len] float64; None: plain causal
+    num_keys: int  # n, the first of these blocks' tokens
+    mask: Tensor | None  # [end - start, n] float64; None: plain causal
+
+
+@dataclass(frozen=True, slots=True)
+class WindowPlan:
+    """The work of all layers that look equally far back."""
+
+    decodes: list[DecodeGroup]
+    prefills: list[PrefillChunk]
 
 
 @dataclass(frozen=True, slots=True)
 class CpuPlan:
-    decodes: list[DecodeGroup]
-    prefills: list[PrefillChunk]
+    batch: ForwardBatch
+    by_window: dict[int | None, WindowPlan] = field(default_factory=dict)
+
+    def of(self, window: int | None) -> WindowPlan:
+        """Made when the first layer with that window asks for it."""
+        if window not in self.by_window:
+            self.by_window[window] = _plan_window(self.batch, window)
+        return self.by_window[window]
 
 
 class CpuBackend(KernelBackend):
@@ -235,43 +251,33 @@ class CpuBackend(KernelBackend):
         return F.silu(gate).mul_(up)
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = x.to(torch.float32).chunk(2, dim=-1)
+        size = 2 * cos.shape[-1]
+        first, second = x[..., :size].to(torch.float32).chunk(2, dim=-1)
         cos, sin = cos[:, None, :], sin[:, None, :]
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        rotated = first * cos - second * sin, second * cos + first * sin
+        return torch.cat(rotated if size == x.shape[-1] else (*rotated, x[..., size:]), dim=-1)
 
     # Attention
 
     def plan_attention(self, batch: ForwardBatch) -> CpuPlan:
-        starts = batch.query_start.tolist()
-        contexts = batch.context_lens.tolist()
-        buckets: dict[int, list[int]] = {}
-        prefills = []
-        for i, context_len in enumerate(contexts):
-            num_blocks = -(-context_len // batch.block_size)
-            if starts[i + 1] - starts[i] == 1:
-                buckets.setdefault(num_blocks.bit_length(), []).append(i)
-            else:
-                blocks = batch.block_tables[i, :num_blocks]
-                prefills.append(_plan_prefill(starts[i], starts[i + 1], blocks, context_len))
-        decodes = [
-            _plan_decode(batch, members, [contexts[i] for i in members])
-            for members in buckets.values()
-        ]
-        return CpuPlan(decodes, prefills)
+        return CpuPlan(batch)
 
-    def attention(self, q: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
+    def attention(
+        self, q: Tensor, cache: KVCache, plan: AttentionPlan, spec: AttentionSpec
+    ) -> Tensor:
         assert isinstance(plan, CpuPlan)
+        work = plan.of(spec.window)
         wide = q.to(torch.float64)
         if cache.key_scales is not None:
             wide = wide @ _rotation(q.shape[2])
-        if len(plan.decodes) == 1 and not plan.prefills:
-            return _attend_decode(wide, cache, plan.decodes[0], scale).flatten(1).to(torch.float32)
+        if len(work.decodes) == 1 and not work.prefills:
+            return _attend_decode(wide, cache, work.decodes[0], spec).flatten(1).to(torch.float32)
         out = torch.empty_like(wide)
-        for group in plan.decodes:
-            out[group.rows] = _attend_decode(wide[group.rows], cache, group, scale)
-        for chunk in plan.prefills:
+        for group in work.decodes:
+            out[group.rows] = _attend_decode(wide[group.rows], cache, group, spec)
+        for chunk in work.prefills:
             rows = slice(chunk.start, chunk.end)
-            out[rows] = _attend_prefill(wide[rows], cache, chunk, scale)
+            out[rows] = _attend_prefill(wide[rows], cache, chunk, spec)
         return out.flatten(1).to(torch.float32)
 
 
@@ -399,32 +405,87 @@ def _int4_planes(
     ]
 
 
-def _plan_decode(batch: ForwardBatch, members: list[int], contexts: list[int]) -> DecodeGroup:
-    num_blocks = -(-max(contexts) // batch.block_size)
-    positions = torch.arange(num_blocks * batch.block_size)
-    hidden = positions[None, :] >= torch.tensor(contexts)[:, None]
+def _plan_window(batch: ForwardBatch, window: int | None) -> WindowPlan:
+    starts = batch.query_start.tolist()
+    contexts = batch.context_lens.tolist()
+    buckets: dict[int, list[int]] = {}
+    prefills = []
+    for i, context_len in enumerate(contexts):
+        num_queries = starts[i + 1] - starts[i]
+        blocks = _visible_blocks(batch.block_size, context_len, num_queries, window)
+        if num_queries == 1:
+            buckets.setdefault(len(blocks).bit_length(), []).append(i)
+        else:
+            prefills.append(_plan_prefill(batch, i, starts[i], num_queries, context_len, window))
+    decodes = [
+        _plan_decode(batch, members, [contexts[i] for i in members], window)
+        for members in buckets.values()
+    ]
+    return WindowPlan(decodes, prefills)
+
+
+def _visible_blocks(
+    block_size: int, context_len: int, num_queries: int, window: int | None
+) -> range:
+    """Which blocks of a sequence hold what its new tokens see."""
+    first = 0 if window is None else max(0, context_len - num_queries + 1 - window)
+    return range(first // block_size, -(-context_len // block_size))
+
+
+def _plan_decode(
+    batch: ForwardBatch, members: list[int], contexts: list[int], window: int | None
+) -> DecodeGroup:
+    spans = [_visible_blocks(batch.block_size, context, 1, window) for context in contexts]
+    num_blocks = max(len(span) for span in spans)
     index = torch.tensor(members)
+    first_blocks = torch.tensor([span.start for span in spans])[:, None]
+    # Beyond a table's end its last entry stands for more padding.
+    columns = first_blocks + torch.arange(num_blocks)
+    columns.clamp_(max=batch.block_tables.shape[1] - 1)
+    positions = first_blocks * batch.block_size + torch.arange(num_blocks * batch.block_size)
+    ends = torch.tensor(contexts)[:, None]
+    hidden = positions >= ends
+    if window is not None:
+        hidden |= positions < ends - window
     return DecodeGroup(
         rows=batch.query_start[index].to(torch.int64),
-        blocks=batch.block_tables[index, :num_blocks].flatten(),
+        blocks=batch.block_tables[index[:, None], columns].flatten(),
         mask=_additive_mask(hidden)[:, None, None, :],
     )
 
 
-def _plan_prefill(start: int, end: int, blocks: Tensor, context_len: int) -> PrefillChunk:
-    num_queries = end - start
+def _plan_prefill(
+    batch: ForwardBatch,
+    sequence: int,
+    start: int,
+    num_queries: int,
+    context_len: int,
+    window: int | None,
+) -> PrefillChunk:
+    span = _visible_blocks(batch.block_size, context_len, num_queries, window)
+    first = span.start * batch.block_size
     mask = None
-    if num_queries < context_len:
-        query_positions = torch.arange(context_len - num_queries, context_len)
-        mask = _additive_mask(torch.arange(context_len)[None, :] > query_positions[:, None])
-    return PrefillChunk(start, end, blocks, context_len, mask)
+    if num_queries < context_len or (window is not None and window < context_len):
+        queries = torch.arange(context_len - num_queries, context_len)[:, None]
+        positions = torch.arange(first, context_len)
+        hidden = positions > queries
+        if window is not None:
+            hidden |= positions <= queries - window
+        mask = _additive_mask(hidden)
+    return PrefillChunk(
+        start=start,
+        end=start + num_queries,
+        blocks=batch.block_tables[sequence, span.start : span.stop],
+        num_keys=context_len - first,
+        mask=mask,
+    )
 
 
 def _additive_mask(hidden: Tensor) -> Tensor:
     return torch.zeros(hidden.shape, dtype=torch.float64).masked_fill_(hidden, float("-inf"))
 
 
-def _attend_decode(q: Tensor, cache: KVCache, group: DecodeGroup, scale: float) -> Tensor:
+def _attend_decode(q: Tensor, cache: KVCache, group: DecodeGroup, spec: AttentionSpec) -> Tensor:
     """q [b, H, D] float64 -> [b, H, D]. The heads of a group stand where queries stand."""
     num_sequences, num_heads, head_dim = q.shape
     num_kv_heads = cache.keys.shape[2]
@@ -435,43 +496,65 @@ def _attend_decode(q: Tensor, cache: KVCache, group: DecodeGroup, scale: float) 
         for tensor, scales in _tensors_and_scales(cache)
     )
     grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=scale)
-    return out.reshape(q.shape)
+    return _attend(grouped, keys, values, group.mask, spec).reshape(q.shape)
 
 
-def _attend_prefill(q: Tensor, cache: KVCache, chunk: PrefillChunk, scale: float) -> Tensor:
+def _attend_prefill(q: Tensor, cache: KVCache, chunk: PrefillChunk, spec: AttentionSpec) -> Tensor:
     """q [t, H, D] float64 -> [t, H, D]."""
     keys, values = (
-        _gather(tensor, scales, chunk.blocks)
-        .flatten(0, 1)[: chunk.context_len]
-        .transpose(0, 1)[None]
+        _gather(tensor, scales, chunk.blocks).flatten(0, 1)[: chunk.num_keys].transpose(0, 1)[None]
         for tensor, scales in _tensors_and_scales(cache)
     )
-    if chunk.mask is not None and q.shape[0] <= _FEW_QUERIES:
-        return _attend_few(q, keys, values, chunk.mask, scale)
+    mask = chunk.mask
+    if spec.soft_cap is not None:
+        return _attend_tiles(q, keys, values, chunk, spec)
+    if mask is not None and q.shape[0] <= _FEW_QUERIES:
+        return _attend_grouped(q, keys, values, mask, spec)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         keys,
         values,
-        attn_mask=chunk.mask,
-        is_causal=chunk.mask is None,
-        scale=scale,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=spec.scale,
         enable_gqa=True,
     )
     return out[0].transpose(0, 1)
 
 
-def _attend_few(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _attend_grouped(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, spec: AttentionSpec
+) -> Tensor:
     """The same for few queries: the heads of a group stand beside each other as queries, where
     PyTorch would repeat the keys and values for each of them."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
     group = num_heads // num_kv_heads
     grouped = q.transpose(0, 1).reshape(1, num_kv_heads, group * num_queries, head_dim)
-    out = F.scaled_dot_product_attention(
-        grouped, keys, values, attn_mask=mask.repeat(group, 1), scale=scale
-    )
+    out = _attend(grouped, keys, values, mask.repeat(group, 1), spec)
     return out.view(num_heads, num_queries, head_dim).transpose(0, 1)
+
+
+def _attend_tiles(
+    q: Tensor, keys: Tensor, values: Tensor, chunk: PrefillChunk, spec: AttentionSpec
+) -> Tensor:
+    """The same with scores that are written out, for as many queries at a time as memory allows."""
+    num_queries, num_heads, _ = q.shape
+    num_keys = keys.shape[2]
+    mask = chunk.mask
+    if mask is None:
+        mask = _additive_mask(torch.ones(num_queries, num_keys, dtype=torch.bool).triu_(1))
+    num_rows = max(1, _SCORE_NUMBERS // (num_heads * num_keys))
+    tiles = zip(q.split(num_rows), mask.split(num_rows), strict=True)
+    return torch.cat([_attend_grouped(rows, keys, values, m, spec) for rows, m in tiles])
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, spec: AttentionSpec) -> Tensor:
+    """q [b, Hkv, r, D], keys and values [b, Hkv, n, D], mask broadcast to [b, Hkv, r, n]."""
+    if spec.soft_cap is None:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=spec.scale)
+    scores = (q @ keys.transpose(-1, -2)).mul_(spec.scale / spec.soft_cap).tanh_()
+    return scores.mul_(spec.soft_cap).add_(mask).softmax(dim=-1) @ values
 
 
 def create(precision: str = "auto", kv_cache_dtype: str = "auto") -> CpuBackend:

@@ -12,6 +12,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 import torch
@@ -61,6 +62,24 @@ class KVCache:
         return [part for part in parts if part is not None]
 
 
+class Activation(StrEnum):
+    """What stands between the two linear layers of an MLP."""
+
+    SILU = "silu"
+    GELU = "gelu"  # x times the normal distribution's function of x (Hendrycks & Gimpel 2016)
+    GELU_TANH = "gelu_tanh"  # its approximation by tanh, from the same paper
+    RELU = "relu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """How a layer's queries score the cached keys, and how far back they look."""
+
+    scale: float
+    window: int | None = None  # positions that a query sees, its own and those before; None: all
+    soft_cap: float | None = None  # a score s becomes soft_cap * tanh(s / soft_cap)
+
+
 class PreparedLinear(Protocol):
     """A linear layer in a backend's own layout; opaque to everyone else."""
 
@@ -98,15 +117,56 @@ class KernelBackend(Protocol):
 
     @abstractmethod
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate the halves of each head: x [T, heads, D], cos and sin [T, D / 2] -> like x."""
+        """Rotate the halves of each head's first R features, pass on the rest.
+
+        x [T, heads, D], cos and sin [T, R / 2] with R <= D -> like x.
+        """
 
     @abstractmethod
     def plan_attention(self, batch: ForwardBatch) -> AttentionPlan:
         """Work that all layers share, done once per step."""
 
     @abstractmethod
-    def attention(self, q: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
+    def attention(
+        self, q: Tensor, cache: KVCache, plan: AttentionPlan, spec: AttentionSpec
+    ) -> Tensor:
         """Causal attention over the cached keys and values: q [T, H, D] -> [T, H * D]."""
+
+    def check_attention(self, spec: AttentionSpec) -> None:
+        """Asked at load for every layer. Raises BackendUnavailable for what is not implemented."""
+        return None
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, like x."""
+        return F.layer_norm(x.to(torch.float32), x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        """activation(x) of each element, computed in float32: like x in `hidden_dtype`."""
+        return _activate(x.to(torch.float32), activation).to(self.hidden_dtype)
+
+    def activate_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """activation(gate) * up of the two halves of the last dimension: [T, 2 F] -> [T, F]."""
+        if activation is Activation.SILU:
+            return self.silu_mul(gate_up)
+        gate, up = gate_up.to(torch.float32).chunk(2, dim=-1)
+        return (_activate(gate, activation) * up).to(self.hidden_dtype)
+
+    def norm_heads(
+        self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, num_heads: int
+    ) -> Tensor:
+        """RMS norm of each query head by q_norm [D] and of each key head by k_norm [D].
+
+        qkv [T, (H + 2 Hkv) * D] -> the same, values as they are.
+        """
+        head_dim = len(q_norm)
+        heads = qkv.to(self.hidden_dtype).view(len(qkv), -1, head_dim)
+        num_kv_heads = (heads.shape[1] - num_heads) // 2
+        q, k, v = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        normed = (
+            self.rms_norm(part.reshape(-1, head_dim), norm, eps).view(len(qkv), -1)
+            for part, norm in ((q, q_norm), (k, k_norm))
+        )
+        return torch.cat((*normed, v.flatten(1)), dim=1)
 
     def prepare_embedding(self, weight: EmbeddingWeight) -> EmbeddingWeight:
         """The table on this backend's device, packed if it came packed."""
@@ -168,7 +228,7 @@ class KernelBackend(Protocol):
     ) -> Tensor:
         """Rotate queries and keys, write keys and values to their slots, return the queries.
 
-        qkv [T, (H + 2 Hkv) * D] -> [T, H, D].
+        qkv [T, (H + 2 Hkv) * D], cos and sin [T, R / 2] as in `rope` -> [T, H, D].
         """
         num_kv_heads, head_dim = cache.keys.shape[2:]
         heads = qkv.view(qkv.shape[0], -1, head_dim)
@@ -191,10 +251,29 @@ class KernelBackend(Protocol):
         return residual + self.linear(x, layer)
 
     def mlp(
-        self, x: Tensor, norm: Tensor, eps: float, gate_up: PreparedLinear, down: PreparedLinear
+        self,
+        x: Tensor,
+        norm: Tensor,
+        eps: float,
+        gate_up: PreparedLinear,
+        down: PreparedLinear,
+        activation: Activation = Activation.SILU,
     ) -> Tensor:
-        """x + down(silu_mul(gate_up(rms_norm(x)))): [T, C] -> [T, C]."""
-        return self.linear_residual(self.silu_mul(self.norm_linear(x, norm, eps, gate_up)), down, x)
+        """x + down(activate_mul(gate_up(rms_norm(x)))): [T, C] -> [T, C]."""
+        halves = self.norm_linear(x, norm, eps, gate_up)
+        return self.linear_residual(self.activate_mul(halves, activation), down, x)
+
+
+def _activate(x: Tensor, activation: Activation) -> Tensor:
+    match activation:
+        case Activation.SILU:
+            return F.silu(x)
+        case Activation.GELU:
+            return F.gelu(x)
+        case Activation.GELU_TANH:
+            return F.gelu(x, approximate="tanh")
+        case Activation.RELU:
+            return F.relu(x)
 
 
 def _has_tensor_core_gpu() -> bool:

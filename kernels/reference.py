@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .interface import AttentionPlan, ForwardBatch, KernelBackend, KVCache, PreparedLinear
+from .interface import (
+    AttentionPlan,
+    AttentionSpec,
+    ForwardBatch,
+    KernelBackend,
+    KVCache,
+    PreparedLinear,
+)
 from .packing import DenseWeight, LinearWeight, dequantize
 
 
@@ -55,13 +62,17 @@ class ReferenceBackend(KernelBackend):
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = (torch.cat((half, half), dim=-1)[:, None, :] for half in (cos, sin))
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-second, first), dim=-1) * sin
+        rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        first, second = rotated.chunk(2, dim=-1)
+        rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+        return torch.cat((rotated, rest), dim=-1)
 
     def plan_attention(self, batch: ForwardBatch) -> ReferencePlan:
         return ReferencePlan(batch)
 
-    def attention(self, q: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
+    def attention(
+        self, q: Tensor, cache: KVCache, plan: AttentionPlan, spec: AttentionSpec
+    ) -> Tensor:
         assert isinstance(plan, ReferencePlan)
         batch = plan.batch
         size, num_kv_heads, head_dim = batch.block_size, *cache.keys.shape[2:]
@@ -75,10 +86,13 @@ class ReferenceBackend(KernelBackend):
             values = cache.values.view(-1, num_kv_heads, head_dim)[slots]
             first_position = context_len - (starts[i + 1] - starts[i])
             for offset, row in enumerate(range(starts[i], starts[i + 1])):
-                visible = first_position + offset + 1
+                end = first_position + offset + 1
+                visible = slice(max(0, end - (spec.window or end)), end)
                 for head in range(q.shape[1]):
-                    scores = keys[:visible, head // group] @ q[row, head] * scale
-                    out[row, head] = torch.softmax(scores, 0) @ values[:visible, head // group]
+                    scores = keys[visible, head // group] @ q[row, head] * spec.scale
+                    if spec.soft_cap is not None:
+                        scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
+                    out[row, head] = torch.softmax(scores, 0) @ values[visible, head // group]
         return out.flatten(1)
 
 

@@ -16,7 +16,9 @@ from . import triton_attention as paged
 from . import triton_elementwise as elementwise
 from . import triton_linear as low_bit
 from .interface import (
+    Activation,
     AttentionPlan,
+    AttentionSpec,
     BackendUnavailable,
     ForwardBatch,
     KernelBackend,
@@ -75,8 +77,16 @@ class TritonBackend(KernelBackend):
         return _product(elementwise.rms_norm(x, norm, eps, _permutation(layer)), layer)
 
     def mlp(
-        self, x: Tensor, norm: Tensor, eps: float, gate_up: PreparedLinear, down: PreparedLinear
+        self,
+        x: Tensor,
+        norm: Tensor,
+        eps: float,
+        gate_up: PreparedLinear,
+        down: PreparedLinear,
+        activation: Activation = Activation.SILU,
     ) -> Tensor:
+        if activation is not Activation.SILU:
+            return super().mlp(x, norm, eps, gate_up, down, activation)
         halves = self.norm_linear(x, norm, eps, gate_up)
         return _product(elementwise.silu_mul(halves, _permutation(down)), down, x)
 
@@ -89,10 +99,11 @@ class TritonBackend(KernelBackend):
         return elementwise.silu_mul(gate_up)
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = x.to(torch.float32).chunk(2, dim=-1)
+        size = 2 * cos.shape[-1]
+        first, second = x[..., :size].to(torch.float32).chunk(2, dim=-1)
         cos, sin = cos[:, None, :], sin[:, None, :]
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return rotated.to(x.dtype)
+        return torch.cat((rotated.to(x.dtype), x[..., size:]), dim=-1)
 
     def rope_and_store(
         self,
@@ -103,6 +114,8 @@ class TritonBackend(KernelBackend):
         cache: KVCache,
         batch: ForwardBatch,
     ) -> Tensor:
+        if 2 * cos.shape[-1] != cache.keys.shape[-1]:
+            return super().rope_and_store(qkv, cos, sin, num_heads, cache, batch)
         return paged.rope_and_store(
             qkv, cos, sin, num_heads, cache.keys, cache.values, batch.slot_mapping
         )
@@ -112,7 +125,17 @@ class TritonBackend(KernelBackend):
     def plan_attention(self, batch: ForwardBatch) -> TritonPlan:
         return TritonPlan(batch)
 
-    def attention(self, q: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
+    def check_attention(self, spec: AttentionSpec) -> None:
+        for name, value in (("window", spec.window), ("soft_cap", spec.soft_cap)):
+            if value is not None:
+                raise BackendUnavailable(
+                    f"this model's attention has a {name} of {value}; "
+                    "the triton backend does not support it, the cpu backend does"
+                )
+
+    def attention(
+        self, q: Tensor, cache: KVCache, plan: AttentionPlan, spec: AttentionSpec
+    ) -> Tensor:
         assert isinstance(plan, TritonPlan)
         batch = plan.batch
         attended = paged.paged_attention(
@@ -122,7 +145,7 @@ class TritonBackend(KernelBackend):
             batch.block_tables,
             batch.query_start,
             batch.context_lens,
-            scale,
+            spec.scale,
         )
         return attended.flatten(1)
 

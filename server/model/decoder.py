@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.interface import (
     AttentionPlan,
+    AttentionSpec,
     ForwardBatch,
     KernelBackend,
     KVCache,
@@ -27,6 +28,16 @@ class Rotation:
 
     cos: Tensor  # [T, D / 2] float32
     sin: Tensor  # [T, D / 2] float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What all layers of one step share."""
+
+    rotation: Rotation
+    batch: ForwardBatch
+    plan: AttentionPlan
+    caches: list[KVCache]  # one per layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,7 @@ class DecoderLayer:
 
     input_norm: Tensor  # [C]
     qkv: FusedLinear
+    attention: AttentionSpec
     output: PreparedLinear
     post_attention_norm: Tensor  # [C]
     gate_up: FusedLinear
@@ -56,18 +68,17 @@ class DecoderLayer:
     def forward(
         self,
         x: Tensor,
-        rotation: Rotation,
-        batch: ForwardBatch,
-        plan: AttentionPlan,
+        context: StepContext,
         cache: KVCache,
         config: ModelConfig,
         backend: KernelBackend,
     ) -> Tensor:
         """Hidden states [T, C] -> [T, C]; writes this step's keys and values to the cache."""
+        rotation, batch = context.rotation, context.batch
         eps = config.rms_norm_eps
         qkv = _norm_linear(backend, x, self.input_norm, eps, self.qkv)
         q = backend.rope_and_store(qkv, rotation.cos, rotation.sin, config.num_heads, cache, batch)
-        attended = backend.attention(q, cache, plan, config.head_dim**-0.5)
+        attended = backend.attention(q, cache, context.plan, self.attention)
         x = backend.linear_residual(attended, self.output, x)
         if not isinstance(self.gate_up, SideBySide):
             return backend.mlp(x, self.post_attention_norm, eps, self.gate_up, self.down)
@@ -108,11 +119,36 @@ class Decoder:
         self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch, caches: list[KVCache]
     ) -> Tensor:
         """Token ids [T], positions [T] -> logits [S, vocabulary] float32 of `batch.logit_rows`."""
-        x = self.backend.embed(input_ids, self.embedding)
+        context = self.context(positions, batch, caches)
+        x = self.embed(input_ids, positions)
+        x = self.run_layers(x, context, 0, len(self.layers))
+        return self.logits(x, batch.logit_rows)
+
+    def context(self, positions: Tensor, batch: ForwardBatch, caches: list[KVCache]) -> StepContext:
+        """What the layers need of a step whose tokens stand at `positions` [T]."""
         angles = positions[:, None].to(torch.float32) * self._inverse_frequencies
-        rotation = Rotation(angles.cos(), angles.sin())
-        plan = self.backend.plan_attention(batch)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer.forward(x, rotation, batch, plan, cache, self.config, self.backend)
-        x = self.backend.rms_norm(x[batch.logit_rows], self.norm, self.config.rms_norm_eps)
+        return StepContext(
+            rotation=Rotation(angles.cos(), angles.sin()),
+            batch=batch,
+            plan=self.backend.plan_attention(batch),
+            caches=caches,
+        )
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Token ids [T], positions [T] -> hidden states [T, C] that enter the first layer."""
+        return self.backend.embed(input_ids, self.embedding)
+
+    def run_layers(self, x: Tensor, context: StepContext, first: int, last: int) -> Tensor:
+        """Hidden states [T, C] through the layers from `first` to before `last`: [T, C].
+
+        Writes the step's keys and values to those layers' caches. Layers run in turn over the same
+        context give what they give in one call.
+        """
+        for layer, cache in zip(self.layers[first:last], context.caches[first:last], strict=True):
+            x = layer.forward(x, context, cache, self.config, self.backend)
+        return x
+
+    def logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Hidden states [T, C] behind the last layer -> logits [S, vocabulary] of rows [S]."""
+        x = self.backend.rms_norm(x[rows], self.norm, self.config.rms_norm_eps)
         return self.backend.logits(x, self.head)

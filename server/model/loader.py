@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ...kernels.interface import KernelBackend, PreparedLinear
+from ...kernels.interface import AttentionSpec, KernelBackend, PreparedLinear
 from ...kernels.packing import (
     DenseWeight,
     EmbeddingWeight,
@@ -71,9 +71,12 @@ def _load_layer(
     def fused(parent: str, in_features: int, **parts: int) -> FusedLinear:
         return _prepare_fused(backend, take(parent, in_features, **parts))
 
+    attention = AttentionSpec(scale=config.head_dim**-0.5)
+    backend.check_attention(attention)
     return DecoderLayer(
         input_norm=_norm(reader, backend, f"{prefix}.input_layernorm", hidden),
         qkv=fused("self_attn", hidden, q_proj=q_size, k_proj=kv_size, v_proj=kv_size),
+        attention=attention,
         output=single("self_attn", q_size, o_proj=hidden),
         post_attention_norm=_norm(reader, backend, f"{prefix}.post_attention_layernorm", hidden),
         gate_up=fused("mlp", hidden, gate_proj=intermediate, up_proj=intermediate),

@@ -12,6 +12,8 @@ import pytest
 import torch
 from lowbit.kernels.cpu import CpuBackend, DenseLinear, Int4Linear
 from lowbit.kernels.interface import (
+    Activation,
+    AttentionSpec,
     BackendUnavailable,
     ForwardBatch,
     KernelBackend,
@@ -29,6 +31,7 @@ BACKENDS = {
     "cpu-bfloat16-int8-cache": (lambda: CpuBackend("bfloat16", "int8"), 6e-3),
 }
 BLOCK_SIZE = 16
+PLAIN = AttentionSpec(scale=0.25)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -134,6 +137,59 @@ def test_rope_is_a_rotation_by_position(
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_rope_passes_on_what_lies_beyond_the_rotated_features(
+    backend_and_tolerance: tuple[KernelBackend, float],
+) -> None:
+    backend, _ = backend_and_tolerance
+    x, angles = torch.randn(3, 2, 10), torch.randn(3, 3)
+    rotated = backend.rope(x, angles.cos(), angles.sin())
+    alone = backend.rope(x[..., :6].contiguous(), angles.cos(), angles.sin())
+    assert torch.equal(rotated, torch.cat((alone, x[..., 6:]), dim=-1))
+    assert torch.equal(backend.rope(x, angles[:, :0], angles[:, :0]), x)
+
+
+ACTIVATIONS = {
+    Activation.SILU: lambda x: x / (1 + (-x).exp()),
+    Activation.GELU: lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    Activation.GELU_TANH: lambda x: (
+        x / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    ),
+    Activation.RELU: lambda x: x * (x > 0),
+}
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_activations(
+    backend_and_tolerance: tuple[KernelBackend, float], activation: Activation
+) -> None:
+    backend, _ = backend_and_tolerance
+    x = torch.randn(7, 96) * 3
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    expected = ACTIVATIONS[activation](x.double())
+    torch.testing.assert_close(backend.activate(x, activation).double(), expected, **close)
+    expected = expected[:, :48] * x[:, 48:].double()
+    torch.testing.assert_close(backend.activate_mul(x, activation).double(), expected, **close)
+
+
+def test_layer_norm_and_norms_of_heads(backend_and_tolerance: tuple[KernelBackend, float]) -> None:
+    backend, _ = backend_and_tolerance
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    x, weight, bias = torch.randn(5, 80) * 3 + 1, torch.randn(80), torch.randn(80)
+    wide = x.double()
+    centered = wide - wide.mean(-1, keepdim=True)
+    expected = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    expected = expected * weight.double() + bias.double()
+    actual = backend.layer_norm(x, weight, bias, 1e-5)
+    torch.testing.assert_close(actual.double(), expected, **close)
+    # 3 query heads and one key-value head of 16
+    q_norm, k_norm = torch.randn(16), torch.randn(16)
+    heads = wide.view(5, 5, 16)
+    normed = heads / (heads.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    expected = torch.cat((normed[:, :3] * q_norm, normed[:, 3:4] * k_norm, heads[:, 4:]), dim=1)
+    actual = backend.norm_heads(x, q_norm, k_norm, 1e-5, 3)
+    torch.testing.assert_close(actual.double(), expected.flatten(1), **close)
+
+
 def random_step(
     backend: KernelBackend, contexts: list[int], queries: list[int], heads: int, kv_heads: int
 ) -> tuple[torch.Tensor, KVCache, ForwardBatch, list[list[int]]]:
@@ -185,7 +241,11 @@ def walsh(size: int) -> torch.Tensor:
 
 
 def attention_oracle(
-    q: torch.Tensor, cache: KVCache, batch: ForwardBatch, slots: list[list[int]]
+    q: torch.Tensor,
+    cache: KVCache,
+    batch: ForwardBatch,
+    slots: list[list[int]],
+    spec: AttentionSpec = PLAIN,
 ) -> torch.Tensor:
     """Masked softmax attention in float64 over explicitly gathered keys and values."""
     starts = batch.query_start.tolist()
@@ -196,9 +256,12 @@ def attention_oracle(
             rows[context_slots].repeat_interleave(group, dim=1) for rows in stored_numbers(cache)
         )
         queries = q[starts[i] : starts[i + 1]].double()
-        scores = torch.einsum("qhd,khd->hqk", queries, keys) / math.sqrt(q.shape[2])
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * spec.scale
+        if spec.soft_cap is not None:
+            scores = spec.soft_cap * (scores / spec.soft_cap).tanh()
         num_queries, context = scores.shape[1:]
-        visible = torch.ones(num_queries, context).tril(context - num_queries).bool()
+        distance = torch.arange(context - num_queries, context)[:, None] - torch.arange(context)
+        visible = (distance >= 0) & (distance < (spec.window or context))
         weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
         outs.append(torch.einsum("hqk,khd->qhd", weights, values).flatten(1))
     return torch.cat(outs)
@@ -225,8 +288,79 @@ def test_attention_agrees_with_float64(
     torch.manual_seed(len(contexts))
     q, cache, batch, slots = random_step(backend, contexts, queries, heads, kv_heads)
     expected = attention_oracle(q, cache, batch, slots)
-    actual = backend.attention(q, cache, backend.plan_attention(batch), 16**-0.5)
+    actual = backend.attention(q, cache, backend.plan_attention(batch), PLAIN)
     torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=2e-6)
+
+
+SPECS = {
+    "scale": AttentionSpec(scale=0.6),
+    "window 1": AttentionSpec(scale=0.25, window=1),
+    "window 5": AttentionSpec(scale=0.25, window=5),
+    "window of a block": AttentionSpec(scale=0.25, window=16),
+    "window of blocks and one": AttentionSpec(scale=0.25, window=33),
+    "window beyond all": AttentionSpec(scale=0.25, window=1000),
+    "soft cap": AttentionSpec(scale=1.0, soft_cap=3.0),
+    "both": AttentionSpec(scale=1.0, window=20, soft_cap=3.0),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_windows_and_soft_caps_agree_with_float64(
+    backend_and_tolerance: tuple[KernelBackend, float], spec: AttentionSpec
+) -> None:
+    backend, _ = backend_and_tolerance
+    torch.manual_seed(0)
+    contexts, queries = [40, 33, 100, 7, 60, 16, 90], [1, 33, 12, 1, 5, 1, 1]
+    q, cache, batch, slots = random_step(backend, contexts, queries, 6, 2)
+    plan = backend.plan_attention(batch)
+    expected = attention_oracle(q, cache, batch, slots)
+    torch.testing.assert_close(
+        backend.attention(q, cache, plan, PLAIN).double(), expected, atol=2e-6, rtol=2e-6
+    )
+    expected = attention_oracle(q, cache, batch, slots, spec)
+    actual = backend.attention(q, cache, plan, spec)
+    torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_a_query_alone_attends_as_in_a_chunk(spec: AttentionSpec, cache_dtype: str) -> None:
+    """Bit for bit, whatever the chunk and the sequences beside it."""
+    backend = CpuBackend("bfloat16", cache_dtype)
+    torch.manual_seed(1)
+    q, cache, whole, _ = random_step(backend, [70, 40], [70, 9], 6, 2)
+    together = backend.attention(q, cache, backend.plan_attention(whole), spec)
+    for start, end in ((0, 1), (30, 47), (47, 70), (69, 70), (15, 19)):
+        part = replace(
+            whole,
+            query_start=torch.tensor([0, end - start], dtype=torch.int32),
+            context_lens=torch.tensor([end], dtype=torch.int32),
+            block_tables=whole.block_tables[:1],
+        )
+        apart = backend.attention(q[start:end], cache, backend.plan_attention(part), spec)
+        assert torch.equal(apart, together[start:end])
+
+
+def test_a_window_reads_no_block_before_it() -> None:
+    """What no query sees is not even loaded: a NaN there would spread."""
+    backend = CpuBackend("bfloat16")
+    for queries in (1, 10):
+        q, cache, batch, slots = random_step(backend, [100], [queries], 4, 2)
+        spec = AttentionSpec(scale=0.25, window=20)
+        expected = attention_oracle(q, cache, batch, slots, spec)
+        unseen = batch.block_tables[0, : (100 - queries + 1 - 20) // BLOCK_SIZE]
+        for tensor in cache.tensors:
+            tensor[unseen.long()] = torch.nan
+        actual = backend.attention(q, cache, backend.plan_attention(batch), spec)
+        torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("name", "value"), [("window", 5), ("soft_cap", 3.0)])
+def test_triton_refuses_windows_and_soft_caps_by_name(name: str, value: float) -> None:
+    backend = load_backend("triton")
+    backend.check_attention(PLAIN)
+    with pytest.raises(BackendUnavailable, match=f"a {name} of {value}; the triton backend"):
+        backend.check_attention(replace(PLAIN, **{name: value}))
 
 
 def int8_cache(num_blocks: int = 3) -> tuple[CpuBackend, KVCache]:
@@ -359,7 +493,7 @@ def test_the_triton_backend_attends(contexts: list[int], queries: list[int]) -> 
         q, cache, batch, slots = random_step(backend, contexts, queries, 6, 2)
         q = q.to(backend.hidden_dtype)
     expected = attention_oracle(q.cpu(), cache, batch, slots)
-    actual = backend.attention(q, cache, backend.plan_attention(batch), 16**-0.5)
+    actual = backend.attention(q, cache, backend.plan_attention(batch), PLAIN)
     torch.testing.assert_close(actual.cpu().double(), expected, atol=2e-3, rtol=2e-3)
 
 
