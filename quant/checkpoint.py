@@ -81,6 +81,11 @@ class CheckpointReader:
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all shards together."""
+        return sum((self.folder / name).stat().st_size for name in self._shards)
+
     def names(self) -> list[str]:
         """Every tensor of the checkpoint, sorted."""
         return sorted(self._file_of)

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(commands)
     _add_generate(commands)
     _add_chat(commands)
-    _add_bench(commands)
+    benches = _add_bench(commands)
     _add_tune(commands)
-    for command in commands.choices.values():
+    leaves = {**commands.choices, **benches.choices}
+    del leaves["bench"]
+    for command in leaves.values():
         command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
         command.add_argument(
             "--log-level",
@@ -435,20 +438,27 @@ def _convert(arguments: argparse.Namespace) -> int:
 # bench, tune
 
 
-def _add_bench(commands: Commands) -> None:
-    parser = commands.add_parser("bench", help="measure this machine: low-bit kernels on its GPU")
-    parser.add_argument("what", choices=("kernels",), help="linear layers beside cuBLAS")
+def _add_bench(commands: Commands) -> Commands:
+    parser = commands.add_parser("bench", help="measure this machine")
+    benches: Commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    _add_bench_kernels(benches)
+    _add_bench_engine(benches)
+    return benches
+
+
+def _add_bench_kernels(benches: Commands) -> None:
+    parser = benches.add_parser("kernels", help="linear layers beside cuBLAS on a GPU")
     parser.add_argument("--quick", action="store_true", help="two layers instead of fifteen")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    parser.set_defaults(run=_bench)
+    parser.set_defaults(run=_bench_kernels)
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+def _bench_kernels(arguments: argparse.Namespace) -> int:
     from .bench import kernels, timing
 
     device = timing.cuda_device()
     facts = timing.device_facts(device)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print(_setup(facts))
     shapes = kernels.QUICK_SHAPES if arguments.quick else kernels.SHAPES
     for line in kernels.check(device, shapes[0]):
         print(line, flush=True)
@@ -469,10 +479,96 @@ def _bench(arguments: argparse.Namespace) -> int:
     ):
         print(kernels.format_result(result), flush=True)
         results.append(dataclasses.asdict(result))
-    figures = json.dumps({**facts, **dataclasses.asdict(rates), "results": results})
+    _print_figures(arguments, {**facts, **dataclasses.asdict(rates), "results": results})
+    return 0
+
+
+def _setup(facts: dict[str, str | int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def _print_figures(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
+    line = json.dumps(figures)
     if arguments.json:
-        arguments.json.write_text(figures + "\n")
-    print(figures)
+        arguments.json.write_text(line + "\n")
+    print(line)
+
+
+def _add_bench_engine(benches: Commands) -> None:
+    parser = benches.add_parser("engine", help="decoding, prefill and attention of whole models")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--checkpoint", type=Path, metavar="FOLDER", help="measure this one, at its own width"
+    )
+    what.add_argument(
+        "--shape",
+        nargs="+",
+        metavar="NAME",
+        help="random weights of SmolLM2-135M, Llama-3-8B, Llama-2-13B or LLaMA-65B; by default the "
+        "first on a CPU, the others on a GPU",
+    )
+    options: dict[str, Any] = {"type": int, "nargs": "+", "default": argparse.SUPPRESS}
+    parser.add_argument(
+        "--bits", help="of random weights: 2, 3, 4, 8 or 16 (default: 4 3 8 16)", **options
+    )
+    parser.add_argument(
+        "--batches", help="sequences that decode at a time (default: 1 8 32 128)", **options
+    )
+    parser.add_argument("--contexts", help="tokens of each (default: 512 8192)", **options)
+    parser.add_argument(
+        "--prefill-tokens", type=int, help="of a prompt (default: 2048)", default=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--budget-seconds",
+        type=float,
+        help="for all of it; what is not reached by then is left out (default: 420)",
+        default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    _add_settings(parser, EngineConfig, BACKEND_SETTINGS)
+    parser.set_defaults(run=_bench_engine)
+
+
+BACKEND_SETTINGS = ("backend", "cpu_precision", "kv_cache_dtype")
+BENCH_SETTINGS = ("batches", "contexts", "prefill_tokens", "budget_seconds")
+
+
+def _bench_engine(arguments: argparse.Namespace) -> int:
+    from ..kernels.interface import load_backend
+    from .bench import engine, timing
+
+    settings = engine.Settings(**_given(arguments, BENCH_SETTINGS))
+    backend = load_backend(*(getattr(arguments, name) for name in BACKEND_SETTINGS))
+    widths = arguments.bits if "bits" in arguments else None
+    if arguments.checkpoint:
+        if widths is not None:
+            raise ValueError(f"bits is {widths}; a checkpoint is measured at its own")
+        subjects = [engine.checkpoint_subject(arguments.checkpoint, backend)]
+    else:
+        subjects = engine.shape_subjects(arguments.shape, widths, backend)
+    facts = timing.device_facts(backend.device)
+    bench = engine.Bench(
+        backend=backend,
+        timer=timing.timer_of(backend.device),
+        bytes_per_second=timing.bytes_per_second(backend.device),
+        settings=settings,
+    )
+    print(_setup({**facts, "backend": backend.name}))
+    print(f"memory {bench.bytes_per_second / 1e9:.1f} GB/s; greedy, blocks of 16 tokens")
+    print(engine.HEADING)
+    results = []
+    for result in bench.run(subjects):
+        print(engine.format_result(result), flush=True)
+        results.append(dataclasses.asdict(result))
+    _print_figures(
+        arguments,
+        {
+            **facts,
+            "backend": backend.name,
+            "bytes_per_second": bench.bytes_per_second,
+            "results": results,
+        },
+    )
     return 0
 
 
@@ -517,7 +613,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     )
     from ..kernels.interface import load_backend
     from .engine.async_engine import AsyncEngine, engine_thread
-    from .engine.build import build_engine
+    from .engine.build import build_engine, check_before_loading
     from .metrics import Metrics
     from .model.info import model_info
     from .model.loader import load_decoder
@@ -528,6 +624,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     backend = load_backend(
         config.engine.backend, config.engine.cpu_precision, config.engine.kv_cache_dtype
     )
+    check_before_loading(arguments.checkpoint, backend, config.engine)
     tokenizer = Tokenizer.from_folder(arguments.checkpoint)
     model = model_info(arguments.checkpoint, config.model_name)
     thread = engine_thread()
@@ -568,9 +665,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_settings(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+def _add_settings(
+    parser: argparse.ArgumentParser, config: type[Any], names: Collection[str] = ()
+) -> None:
+    """An option for each setting, or for those of the names."""
     for field in dataclasses.fields(config):
-        if "help" in field.metadata:
+        if "help" in field.metadata and (not names or field.name in names):
             option = f"--{field.name.replace('_', '-')}"
             more: dict[str, Any] = {
                 "type": field.metadata.get("type", type(field.default)),

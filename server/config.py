@@ -41,7 +41,15 @@ class EngineConfig:
         "of the cpu backend: int8 holds twice the tokens in the same memory, a little less exactly",
         choices=("auto", "int8"),
     )
-    kv_cache_memory_bytes: int = _setting(1 << 30, "for keys and values of all layers together")
+    kv_cache_memory_bytes: int | None = _setting(
+        None,
+        "for keys and values of all layers together; by default what weights and the largest step "
+        "leave of a GPU, and 1 GiB on a CPU, or what one sequence of full length takes",
+        type=int,
+    )
+    gpu_memory_ratio: float = _setting(
+        0.9, "of a GPU's memory, for weights, keys and values and steps together"
+    )
     max_model_len: int | None = _setting(
         None, "prompt plus completion, in tokens; by default the model's own limit", type=int
     )
@@ -70,9 +78,15 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "kv_cache_memory_bytes", "max_num_seqs", "max_queued_requests"):
+        for name in ("block_size", "max_num_seqs", "max_queued_requests", "max_queued_tokens"):
             _require_positive(name, getattr(self, name))
-        _require_positive("max_queued_tokens", self.max_queued_tokens)
+        if self.kv_cache_memory_bytes is not None:
+            _require_positive("kv_cache_memory_bytes", self.kv_cache_memory_bytes)
+        if not 0 < self.gpu_memory_ratio <= 1:
+            raise InvalidConfig(
+                f"gpu_memory_ratio is {self.gpu_memory_ratio}; it must be greater than 0 and at "
+                "most 1"
+            )
         for name in ("max_queue_seconds", "max_itl_stretch"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InvalidConfig(f"{name} is {getattr(self, name)}; it must not be negative")

@@ -51,6 +51,12 @@ ALLOWED = {
     "server.client": {"server.client", "proto", "server.types"},
     "server.terminal": {"server.client", "server.types"},
     "server.bench": {"server.bench", "kernels"},
+    "server.bench.engine": {
+        "server.engine",
+        "server.model",
+        "server.types",
+        "server.config",
+    },
     "server.cli": {"server", "quant", "kernels"},
 }
 # Third-party package -> the only places that may import it.
@@ -63,6 +69,7 @@ OWNERS = {
     "grpc_status": ("server.rpc", "server.client"),
     "smg_grpc_proto": ("server.rpc",),
     "torch": ("kernels", "quant", "server.bench", "server.engine", "server.model"),
+    "psutil": ("server.engine.memory",),
     "transformers": ("quant", "server.text"),
     "llguidance": ("server.text",),
 }

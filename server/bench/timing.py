@@ -1,11 +1,17 @@
-"""Times GPU work the way a decoder runs it: in a CUDA graph, over weights that no cache holds."""
+"""Times GPU work the way a decoder runs it: in a CUDA graph, over weights that no cache holds.
+
+Where there is no GPU, calls are timed as they are.
+"""
 
 from __future__ import annotations
 
+import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -43,6 +49,13 @@ def cuda_device() -> torch.device:
 
 def device_facts(device: torch.device) -> dict[str, str | int]:
     """What a figure must carry."""
+    if device.type == "cpu":
+        return {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "lowbit": version("lowbit"),
+        }
     properties = torch.cuda.get_device_properties(device)
     return {
         "gpu": properties.name,
@@ -59,6 +72,47 @@ def num_copies(num_bytes: int, device: torch.device) -> int:
     """Copies of that many bytes that together pass five times the L2 cache."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, -(-_CACHE_FACTOR * cache // num_bytes))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def timer_of(device: torch.device) -> Timer:
+    """The one that suits the device."""
+    return time_in_graph if device.type == "cuda" else time_on_host
+
+
+def time_on_host(calls: Sequence[Callable[[], object]]) -> Timing:
+    """Wall time of the calls one after the other; the first round warms up."""
+    replays = max(1, int(_MIN_ROUND_SECONDS / _host_seconds(calls, 1)))
+    rounds = [_host_seconds(calls, replays) / replays / len(calls) for _ in range(_NUM_ROUNDS)]
+    return Timing(statistics.median(rounds), min(rounds), max(rounds))
+
+
+def _host_seconds(calls: Sequence[Callable[[], object]], replays: int) -> float:
+    start = time.perf_counter()
+    for _ in range(replays):
+        for call in calls:
+            call()
+    return time.perf_counter() - start
+
+
+def bytes_per_second(device: torch.device, num_bytes: int = 1 << 29) -> float:
+    """The device's memory bandwidth: of a copy, read plus written, or on a CPU of a sum if that is
+    faster, for what is written there is read first."""
+    timer = timer_of(device)
+    source = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * num_bytes / timer([lambda: target.copy_(source)]).median_seconds
+    if device.type == "cuda":
+        return copied
+    return max(copied, num_bytes / timer([source.sum]).median_seconds)
 
 
 def time_in_graph(calls: Sequence[Callable[[], object]]) -> Timing:

@@ -25,3 +25,9 @@ def model_info(folder: Path, name: str = "") -> ModelInfo:
             format=quant.checkpoint_format, bits=quant.bits, group_size=quant.group_size
         ),
     )
+
+
+def model_size(folder: Path) -> tuple[ModelConfig, int]:
+    """(The decoder's numbers, bytes of all weights as they are stored). Raises CheckpointError."""
+    reader = CheckpointReader(folder)
+    return ModelConfig.from_hf(reader.config, reader.generation_config), reader.num_bytes

@@ -26,7 +26,11 @@ def load_decoder(folder: Path, backend: KernelBackend) -> Decoder:
 
     Raises CheckpointError naming the file, the tensor and the reason.
     """
-    reader = CheckpointReader(folder)
+    return build_decoder(CheckpointReader(folder), backend)
+
+
+def build_decoder(reader: CheckpointReader, backend: KernelBackend) -> Decoder:
+    """The same from an open checkpoint, or from what takes its place."""
     config = ModelConfig.from_hf(reader.config, reader.generation_config)
     hidden = config.hidden_size
     embedding = reader.take_embedding("model.embed_tokens", config.vocab_size, hidden)
