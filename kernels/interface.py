@@ -39,7 +39,6 @@ class ForwardBatch:
     context_lens: Tensor  # [B] int32, tokens in the cache once this step is done
     block_tables: Tensor  # [B, max blocks] int32, padded with a block of the sequence
     slot_mapping: Tensor  # [T] int64, flat KV slot (block * block_size + offset) of each token
-    logit_rows: Tensor  # [S] int64, rows of the step whose logits are wanted
     block_size: int  # tokens per block
 
 

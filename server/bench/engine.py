@@ -477,7 +477,6 @@ def attention_calls(
         context_lens=contexts,
         block_tables=tables.to(device, torch.int32),
         slot_mapping=(tables[:, -1] * BLOCK_SIZE).to(device),
-        logit_rows=starts[1:].to(torch.int64) - 1,
         block_size=BLOCK_SIZE,
     )
     plan = backend.plan_attention(batch)

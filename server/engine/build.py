@@ -39,6 +39,7 @@ def build_engine(decoder: Decoder, config: EngineConfig) -> LLMEngine:
         max_model_len=max_model_len,
         vocab_size=decoder.config.vocab_size,
         eos_token_ids=decoder.config.eos_token_ids,
+        num_layers=decoder.config.num_layers,
         drafter=PromptLookupDrafter(config.max_draft_tokens) if config.max_draft_tokens else None,
     )
 

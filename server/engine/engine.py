@@ -25,12 +25,11 @@ from ..types import (
 )
 from .block_manager import BlockManager
 from .pacing import PrefillPacer
-from .scheduler import Drafter, Scheduler, SchedulerOutput
+from .scheduler import PARTIAL_CHUNK_TOKENS, Drafter, Scheduler, SchedulerOutput
 from .sequence import Sequence, SequenceResult
 
 logger = logging.getLogger(__name__)
 
-_MIN_CHUNK_TOKENS = 8  # of a prompt beside decodes, so that it gets on
 MAX_FAILED_STEPS = 2  # in a row; then it is not the requests' fault
 
 
@@ -50,6 +49,7 @@ class LLMEngine:
         max_model_len: int,
         vocab_size: int,
         eos_token_ids: frozenset[int],
+        num_layers: int = 1,
         drafter: Drafter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -57,7 +57,7 @@ class LLMEngine:
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
-        self.scheduler = _scheduler(config, num_blocks, drafter, clock)
+        self.scheduler = _scheduler(config, num_blocks, num_layers, drafter, clock)
         self.current_step: SchedulerOutput | None = None  # while the runner works on it
         self._num_failed_steps = 0  # in a row
         self.last_step = self._stats()
@@ -237,18 +237,23 @@ def _check_contradictions(
 
 
 def _scheduler(
-    config: EngineConfig, num_blocks: int, drafter: Drafter | None, clock: Callable[[], float]
+    config: EngineConfig,
+    num_blocks: int,
+    num_layers: int,
+    drafter: Drafter | None,
+    clock: Callable[[], float],
 ) -> Scheduler:
     stretch = config.max_itl_stretch
     return Scheduler(
         BlockManager(num_blocks, config.block_size, prefix_cache=config.prefix_cache),
         drafter,
-        PrefillPacer(stretch, _MIN_CHUNK_TOKENS) if stretch else None,
+        PrefillPacer(stretch, min_tokens=PARTIAL_CHUNK_TOKENS / num_layers) if stretch else None,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
         max_queue_seconds=config.max_queue_seconds or None,
+        num_layers=num_layers,
         clock=clock,
     )
 

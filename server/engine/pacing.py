@@ -13,10 +13,11 @@ class PrefillPacer:
     """Keeps a step with prompt tokens below `max_stretch` times one that only decodes.
 
     How long decoding takes is known from steps without prompt tokens, for numbers of sequences
-    of the same power of two. What a prompt token adds is what mixed steps took beyond that.
+    of the same power of two. What a prompt token adds is what mixed steps took beyond that. Less
+    than one token means that it goes through some of the model's layers.
     """
 
-    def __init__(self, max_stretch: float, min_tokens: int) -> None:
+    def __init__(self, max_stretch: float, min_tokens: float) -> None:
         assert max_stretch > 1 and min_tokens > 0
         self._max_stretch = max_stretch
         self._min_tokens = min_tokens
@@ -24,7 +25,7 @@ class PrefillPacer:
         self._token_seconds: deque[float] = deque(maxlen=_NUM_REMEMBERED)
         self._num_mixed_steps = 0
 
-    def max_prefill_tokens(self, num_decodes: int) -> int:
+    def max_prefill_tokens(self, num_decodes: int) -> float:
         """0 is a probe. Never less than `min_tokens` twice in a row: prompts always get on."""
         known = self._decode_seconds.get(num_decodes.bit_length())
         if known is None or self._num_mixed_steps >= _PROBE_EVERY:
@@ -33,9 +34,9 @@ class PrefillPacer:
         if not self._token_seconds:
             return self._min_tokens
         allowed = (self._max_stretch - 1) * median(known)
-        return max(self._min_tokens, int(allowed / max(median(self._token_seconds), 1e-9)))
+        return max(self._min_tokens, allowed / max(median(self._token_seconds), 1e-9))
 
-    def observe(self, num_decodes: int, num_prefill_tokens: int, seconds: float) -> None:
+    def observe(self, num_decodes: int, num_prefill_tokens: float, seconds: float) -> None:
         """A step that decoded `num_decodes` sequences took so long."""
         bucket = num_decodes.bit_length()
         if num_prefill_tokens == 0:

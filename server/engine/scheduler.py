@@ -1,7 +1,9 @@
 """Which tokens run in the next step, and what becomes of the sequences after it. No torch.
 
 One token budget per step: sequences that decode come first, the rest goes to prompts, in chunks
-where a prompt does not fit. Who is admitted next is up to the WaitingQueue.
+where a prompt does not fit. Beside sequences that decode the pacer may allow less than a small
+chunk: such a chunk takes several steps, some of the model's layers in each. Who is admitted next is
+up to the WaitingQueue.
 
 All sequences have one order: by priority class, then by arrival. When blocks run out, the last
 running sequence in that order gives its blocks up and waits; what it had computed is computed
@@ -23,15 +25,23 @@ from typing import Protocol
 from ..types import DeadlineExceeded, FinishReason, QueueFull, TokenOutput
 from .block_manager import BlockManager, NoFreeBlocks
 from .pacing import PrefillPacer
-from .sequence import Account, SampledToken, Sequence, SequenceResult, SequenceStatus
+from .sequence import (
+    Account,
+    PartialChunk,
+    SampledToken,
+    Sequence,
+    SequenceResult,
+    SequenceStatus,
+)
 from .waiting_queue import WaitingQueue
 
+PARTIAL_CHUNK_TOKENS = 32  # smaller chunks would read weights and cache for too few tokens
 _RESERVED = 8  # one in so many places is for tenants below their fair share
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """The sequences of one step; each has `num_scheduled_tokens` set.
+    """The sequences of one step; each has `num_scheduled_tokens` set. Partial chunks come last.
 
     Before the forward pass, in this order: `blocks_to_clear` are zeroed, then each pair of
     `block_copies` is copied, source to target, as if all at once.
@@ -44,15 +54,19 @@ class SchedulerOutput:
     ended: list[TokenOutput] = field(default_factory=list)  # their time is over
     num_decodes: int = 0  # the first so many of the sequences
     num_draft_tokens: int = 0
-    num_tokens: int = 0
+    num_prefill_tokens: float = 0.0  # a token counts for the share of the layers it goes through
     num_prefix_queried_tokens: int = 0  # of the sequences admitted
     num_prefix_hit_tokens: int = 0  # of them, found in the prefix cache
     start_seconds: float = 0.0
 
+    @property
+    def num_tokens(self) -> float:
+        return self.num_decodes + self.num_draft_tokens + self.num_prefill_tokens
+
     def describe(self) -> str:
         """For a log: what a step that failed or hung was working on."""
         sequences = ", ".join(each.describe() for each in self.sequences)
-        return f"{self.num_tokens} tokens of {len(self.sequences)} sequences: {sequences}"
+        return f"{self.num_tokens:g} tokens of {len(self.sequences)} sequences: {sequences}"
 
 
 class Drafter(Protocol):
@@ -77,8 +91,10 @@ class Scheduler:
         max_queued_requests: int,
         max_queued_tokens: int,
         max_queue_seconds: float | None = None,
+        num_layers: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`num_layers` says into how many parts a chunk can be divided."""
         self.block_manager = block_manager
         self.drafter = drafter
         self.pacer = pacer
@@ -87,6 +103,7 @@ class Scheduler:
         self.max_queued_requests = max_queued_requests
         self.max_queued_tokens = max_queued_tokens
         self.max_queue_seconds = max_queue_seconds
+        self.num_layers = num_layers
         self._clock = clock
         self.waiting = WaitingQueue()
         # In order of admission; a sequence moves from the one to the other with its prompt's end.
@@ -154,30 +171,33 @@ class Scheduler:
         scheduled: list[Sequence] = []
         num_preemptions = self._schedule_decodes(scheduled)
         num_decodes = len(scheduled)
-        budget = self.max_num_batched_tokens - num_decodes
+        budget: float = self.max_num_batched_tokens - num_decodes
         num_draft_tokens = 0
         if self.drafter is not None:
-            num_draft_tokens = self._add_drafts(self.drafter, scheduled, budget)
+            num_draft_tokens = self._add_drafts(self.drafter, scheduled, int(budget))
             budget -= num_draft_tokens
+        smallest_chunk = 1
         if self.pacer is not None and num_decodes > 0 and (self._prefilling or self.waiting):
             budget = min(budget, self.pacer.max_prefill_tokens(num_decodes))
+            smallest_chunk = min(PARTIAL_CHUNK_TOKENS, self.max_num_batched_tokens)
         admitted: list[Sequence] = []
         num_preemptions += self._schedule_prompts(
-            budget, scheduled, admitted, may_admit=num_preemptions == 0
+            budget, smallest_chunk, scheduled, admitted, may_admit=num_preemptions == 0
         )
         if num_preemptions > 0:
             scheduled = [each for each in scheduled if each.status is SequenceStatus.RUNNING]
             num_decodes = sum(each in self._decoding for each in scheduled)
             num_draft_tokens = sum(len(each.draft_token_ids) for each in scheduled)
+        prompts = sorted(scheduled[num_decodes:], key=_is_partial)
         return SchedulerOutput(
-            scheduled,
+            scheduled[:num_decodes] + prompts,
             num_preemptions,
             blocks_to_clear=self.block_manager.take_clears(),
             block_copies=self.block_manager.take_copies(),
             ended=ended,
             num_decodes=num_decodes,
             num_draft_tokens=num_draft_tokens,
-            num_tokens=sum(each.num_scheduled_tokens for each in scheduled),
+            num_prefill_tokens=sum(each.num_scheduled_shares for each in prompts),
             num_prefix_queried_tokens=sum(each.num_tokens for each in admitted),
             num_prefix_hit_tokens=sum(each.num_cached_tokens for each in admitted),
             start_seconds=now,
@@ -191,6 +211,10 @@ class Scheduler:
         remaining = iter(results)
         news: list[TokenOutput] = []
         for sequence in output.sequences:
+            if not sequence.completes_chunk:
+                sequence.num_scheduled_tokens = 0
+                continue
+            sequence.partial = None
             drafts = sequence.draft_token_ids
             if sequence.num_preemptions == 0 and sequence.num_completion_tokens == 0:
                 # Nobody pays for what was computed again because of a preemption.
@@ -281,7 +305,8 @@ class Scheduler:
 
     def _schedule_prompts(
         self,
-        budget: int,
+        budget: float,
+        smallest_chunk: int,
         scheduled: list[Sequence],
         admitted: list[Sequence],
         *,
@@ -305,8 +330,26 @@ class Scheduler:
                 sequence = first
                 self._start(sequence)
                 admitted.append(sequence)
-            budget -= _schedule_chunk(sequence, budget, scheduled)
+            budget -= self._schedule_chunk(sequence, budget, smallest_chunk)
+            scheduled.append(sequence)
         return len(preempted)
+
+    def _schedule_chunk(self, sequence: Sequence, budget: float, smallest_chunk: int) -> float:
+        """As many tokens as the budget allows, or some layers of the smallest chunk; returns what
+        that takes of the budget."""
+        num_tokens = min(sequence.num_uncached_tokens, int(budget))
+        smallest_chunk = min(sequence.num_uncached_tokens, smallest_chunk)
+        if sequence.partial is None and num_tokens < smallest_chunk:
+            sequence.partial = PartialChunk(smallest_chunk, self.num_layers)
+        partial = sequence.partial
+        if partial is None:
+            sequence.num_scheduled_tokens = num_tokens
+            return num_tokens
+        sequence.num_scheduled_tokens = partial.num_tokens
+        num_layers = max(1, int(budget * self.num_layers / partial.num_tokens))
+        first = partial.layers.stop
+        partial.layers = range(first, min(first + num_layers, self.num_layers))
+        return sequence.num_scheduled_shares if partial.is_last else budget
 
     def _make_place(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
         """Whether the sequence can start; may preempt others for it."""
@@ -532,6 +575,7 @@ class Scheduler:
         sequence.account.num_running -= 1
         sequence.num_scheduled_tokens = 0
         sequence.draft_token_ids = []
+        sequence.partial = None
 
     def _running(self) -> Iterable[Sequence]:
         return chain(self._prefilling, self._decoding)
@@ -589,9 +633,8 @@ class Scheduler:
         return min(600.0, max(1.0, num_tokens / max(self._tokens_per_second, 1.0)))
 
     def _observe(self, output: SchedulerOutput, seconds: float) -> None:
-        num_prefill = output.num_tokens - output.num_decodes - output.num_draft_tokens
         if self.pacer is not None and output.num_decodes > 0:
-            self.pacer.observe(output.num_decodes, num_prefill, seconds)
+            self.pacer.observe(output.num_decodes, output.num_prefill_tokens, seconds)
         if seconds > 0:
             speed = output.num_tokens / seconds
             self._tokens_per_second += 0.1 * (speed - self._tokens_per_second)
@@ -599,10 +642,8 @@ class Scheduler:
                 self._most_tokens_per_second = max(speed, self._most_tokens_per_second)
 
 
-def _schedule_chunk(sequence: Sequence, budget: int, scheduled: list[Sequence]) -> int:
-    sequence.num_scheduled_tokens = min(sequence.num_uncached_tokens, budget)
-    scheduled.append(sequence)
-    return sequence.num_scheduled_tokens
+def _is_partial(sequence: Sequence) -> bool:
+    return sequence.partial is not None
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

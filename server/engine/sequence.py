@@ -45,11 +45,26 @@ class Account:
 
 
 @dataclass(slots=True, eq=False)
+class PartialChunk:
+    """A chunk of a prompt that takes several steps, each of them some of the model's layers."""
+
+    num_tokens: int
+    num_layers: int  # of the model
+    layers: range = range(0)  # of the step that is scheduled, or was the last one
+    hidden: object = None  # what the runner has computed up to there
+
+    @property
+    def is_last(self) -> bool:
+        return self.layers.stop == self.num_layers
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """Tokens known so far and how many of them have keys and values in the cache.
 
     A step computes `num_scheduled_tokens` tokens from `num_cached_tokens` on: known ones, then
-    draft tokens. It yields new tokens only when it reaches the last known one.
+    draft tokens; of a `partial` chunk only some layers. It yields new tokens only when it reaches
+    the last layer of the last known one.
     """
 
     request_id: str
@@ -71,6 +86,7 @@ class Sequence:
     num_cached_tokens: int = 0
     num_scheduled_tokens: int = 0  # draft tokens included
     draft_token_ids: list[int] = field(default_factory=list)  # guessed, verified by the step
+    partial: PartialChunk | None = None  # None: a chunk goes through all layers in its step
     num_preemptions: int = 0
     constraint: TokenConstraint | None = None  # has taken in the tokens of the completion
     history: object = None  # whatever the drafter keeps; it outlives a preemption
@@ -108,8 +124,22 @@ class Sequence:
         return self.token_ids[first : first + num_known] + self.draft_token_ids
 
     @property
+    def completes_chunk(self) -> bool:
+        """Whether the scheduled step is the scheduled tokens' last one."""
+        return self.partial is None or self.partial.is_last
+
+    @property
+    def num_scheduled_shares(self) -> float:
+        """The scheduled tokens, each counted for the share of the layers that it goes through."""
+        if self.partial is None:
+            return self.num_scheduled_tokens
+        return self.num_scheduled_tokens * len(self.partial.layers) / self.partial.num_layers
+
+    @property
     def yields_token(self) -> bool:
-        """Whether the scheduled step reaches the last known token."""
+        """Whether the scheduled step reaches the last known token, and its last layer."""
+        if not self.completes_chunk:
+            return False
         num_known = self.num_scheduled_tokens - len(self.draft_token_ids)
         return self.num_cached_tokens + num_known == len(self.token_ids)
 
@@ -126,7 +156,7 @@ class Sequence:
         A prompt that is computed again, after a preemption or for another sample, is not reported
         again.
         """
-        if self.params.prompt_logprobs is None or self.index > 0:
+        if self.params.prompt_logprobs is None or self.index > 0 or not self.completes_chunk:
             return range(0)
         first = max(self.num_cached_tokens, len(self.prompt_logprobs))
         end = self.num_cached_tokens + self.num_scheduled_tokens

@@ -116,13 +116,18 @@ class Decoder:
         self._inverse_frequencies = 1.0 / config.rope_theta**exponents  # [D / 2] float32
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch, caches: list[KVCache]
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        batch: ForwardBatch,
+        caches: list[KVCache],
+        rows: Tensor,
     ) -> Tensor:
-        """Token ids [T], positions [T] -> logits [S, vocabulary] float32 of `batch.logit_rows`."""
+        """Token ids [T], positions [T] -> logits [S, vocabulary] float32 of rows [S]."""
         context = self.context(positions, batch, caches)
         x = self.embed(input_ids, positions)
         x = self.run_layers(x, context, 0, len(self.layers))
-        return self.logits(x, batch.logit_rows)
+        return self.logits(x, rows)
 
     def context(self, positions: Tensor, batch: ForwardBatch, caches: list[KVCache]) -> StepContext:
         """What the layers need of a step whose tokens stand at `positions` [T]."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 
 import pytest
 import torch
 from engines import make_engine, prompt
 from lowbit.server.engine.engine import LLMEngine
+from lowbit.server.engine.scheduler import SchedulerOutput
+from lowbit.server.engine.sequence import SequenceResult
 from lowbit.server.types import FinishReason, SamplingParams, SchedulingParams
 from tiny import TinyModel
 
@@ -66,6 +69,63 @@ def test_tokens_are_the_same_as_alone(
 ) -> None:
     engine = make_engine(tiny_model, "float32", **settings)
     assert run(engine, PROMPTS, PARAMS[name]) == expected[name]
+
+
+class RandomPacer:
+    """Anything from nothing over one layer of a small chunk to a whole prompt."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+
+    def max_prefill_tokens(self, num_decodes: int) -> float:
+        return self.rng.choice((0, 0.5, 10.0, 16.0, 20.0, 40.0))
+
+    def observe(self, num_decodes: int, num_prefill_tokens: float, seconds: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.parametrize("seed", range(4))
+def test_chunks_of_layers_change_no_token(
+    tiny_model: TinyModel, expected: dict[str, Tokens], name: str, seed: int
+) -> None:
+    engine = make_engine(tiny_model, "float32", max_num_seqs=8)
+    engine.scheduler.pacer = RandomPacer(seed)
+    stream = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True)
+    engine.add(engine.new_sequence("stream", prompt(4, seed=50), stream))
+    engine.step()
+    num_partial = 0
+    execute = engine.runner.execute
+
+    def counting(output: SchedulerOutput) -> list[SequenceResult]:
+        nonlocal num_partial
+        num_partial += sum(not each.completes_chunk for each in output.sequences)
+        return execute(output)
+
+    engine.runner.execute = counting
+    received = run(engine, PROMPTS, PARAMS[name])
+    del received["stream", 0]
+    assert received == expected[name]
+    assert num_partial > 0
+
+
+def test_prompt_logprobs_of_a_chunk_of_layers(tiny_model: TinyModel) -> None:
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    tokens = PROMPTS["r4"]
+    whole = make_engine(tiny_model, "float32")
+    whole.add(whole.new_sequence("r", tokens, params))
+    (expected,) = whole.step()
+    engine = make_engine(tiny_model, "float32", max_num_seqs=8)
+    engine.scheduler.pacer = RandomPacer(1)
+    engine.add(engine.new_sequence("stream", prompt(4, seed=50), GREEDY))
+    engine.step()
+    engine.add(engine.new_sequence("r", tokens, params))
+    news = []
+    while not news:
+        news = [output for output in engine.step() if output.request_id == "r"]
+    assert [each.token_id for each in news[0].prompt_logprobs] == tokens[1:]
+    for found, wanted in zip(news[0].prompt_logprobs, expected.prompt_logprobs, strict=True):
+        assert found.logprob == pytest.approx(wanted.logprob, abs=1e-5)
 
 
 def test_a_second_run_finds_its_prompts_in_the_cache(tiny_model: TinyModel) -> None:

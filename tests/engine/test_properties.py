@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from lowbit.server.config import EngineConfig
 from lowbit.server.engine.engine import LLMEngine
+from lowbit.server.engine.scheduler import SchedulerOutput
 from lowbit.server.types import (
     DeadlineExceeded,
     FinishReason,
@@ -55,6 +56,8 @@ class EngineMachine(RuleBasedStateMachine):
         drafts=st.booleans(),
         prefix_cache=st.booleans(),
         paced=st.booleans(),
+        num_layers=st.sampled_from((1, 3, 30)),
+        token_seconds=st.sampled_from((0.0, 0.001, 0.1)),
     )
     def start(
         self,
@@ -64,9 +67,13 @@ class EngineMachine(RuleBasedStateMachine):
         drafts: bool,
         prefix_cache: bool,
         paced: bool,
+        num_layers: int,
+        token_seconds: float,
     ) -> None:
         self.now = 0.0
-        self.runner = CheckingRunner(BLOCK_SIZE)
+        self.token_seconds = token_seconds  # that a prompt's token adds to a step
+        self.num_layers = num_layers
+        self.runner = CheckingRunner(BLOCK_SIZE, self.elapse)
         config = EngineConfig(
             block_size=BLOCK_SIZE,
             max_num_seqs=max_num_seqs,
@@ -84,6 +91,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB,
             eos_token_ids=frozenset({EOS}),
+            num_layers=num_layers,
             drafter=GuessingDrafter() if drafts else None,
             clock=lambda: self.now,
         )
@@ -180,9 +188,11 @@ class EngineMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
+    def elapse(self, output: SchedulerOutput) -> None:
+        self.now += 0.01 + self.token_seconds * output.num_prefill_tokens
+
     def deliver(self) -> None:
         began = self.now
-        self.now += 0.01
         for output in self.engine.step():
             key = (output.request_id, output.index)
             if output.token_id is None:
@@ -198,14 +208,14 @@ class EngineMachine(RuleBasedStateMachine):
                 reason = FinishReason.STOP if stopped else FinishReason.LENGTH
                 assert output.finish_reason is reason
                 del self.expected[key]
-        assert all(self.deadlines.get(each, self.now + 1) > self.now for each, _ in self.expected)
+        assert all(self.deadlines.get(each, began + 1) > began for each, _ in self.expected)
 
     def check_end(self, output: TokenOutput, now: float) -> None:
         assert output.error
         if output.finish_reason is FinishReason.DEADLINE:
-            assert self.deadlines[output.request_id] <= self.now
+            assert self.deadlines[output.request_id] <= now
         elif output.finish_reason is FinishReason.QUEUE_TIMEOUT:
-            assert self.arrived[output.request_id] + 60 <= self.now
+            assert self.arrived[output.request_id] + 60 <= now
             assert not self.received[(output.request_id, output.index)]
         else:
             assert output.finish_reason is FinishReason.ERROR
@@ -220,9 +230,9 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        # Every step computes a token at least of the first running sequence, which none preempts.
-        # A paced step may leave prompts out, but never two in a row.
-        bound = 2 * MAX_MODEL_LEN * (1 + len(self.expected))
+        # Every step computes a token at least of the first running sequence, which none preempts,
+        # or one layer of its chunk. A paced step may leave prompts out, but never two in a row.
+        bound = 2 * self.num_layers * MAX_MODEL_LEN * (1 + len(self.expected))
         while self.engine.has_work:
             self.deliver()
             bound -= 1

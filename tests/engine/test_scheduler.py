@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lowbit.server.config import EngineConfig
 from lowbit.server.engine.block_manager import BlockManager, NoFreeBlocks
 from lowbit.server.engine.engine import LLMEngine
+from lowbit.server.engine.scheduler import SchedulerOutput
 from lowbit.server.engine.sequence import Sequence
 from lowbit.server.types import InvalidRequest, SamplingParams
 
@@ -65,6 +66,76 @@ def test_decodes_come_before_a_long_prompt() -> None:
         short_tokens += sum(output.request_id == "short" for output in news)
     assert short_tokens == 5
     assert [output.request_id for output in news] == ["short", "long"]
+
+
+class Clock:
+    """A step takes 10 ms, and each token of a prompt in it so much more."""
+
+    def __init__(self, token_seconds: float) -> None:
+        self.now = 0.0
+        self.token_seconds = token_seconds
+
+    def __call__(self) -> float:
+        return self.now
+
+    def elapse(self, output: SchedulerOutput) -> None:
+        self.now += 0.01 + self.token_seconds * output.num_prefill_tokens
+
+
+@pytest.mark.parametrize("token_seconds", [0.0001, 0.003, 0.02])
+def test_a_long_prompt_never_makes_a_step_longer_than_the_stretch(token_seconds: float) -> None:
+    """However dear its tokens are: a chunk's layers are spread over several steps."""
+    clock = Clock(token_seconds)
+    engine = LLMEngine(
+        CheckingRunner(16, clock.elapse),
+        EngineConfig(block_size=16, max_itl_stretch=1.5),
+        num_blocks=100,
+        max_model_len=500,
+        vocab_size=VOCAB,
+        eos_token_ids=frozenset(),
+        num_layers=400,
+        clock=clock,
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    engine.add(engine.new_sequence("stream", [1, 2], greedy))
+    for _ in range(20):
+        engine.step()
+    short = SamplingParams(temperature=0, max_tokens=1)
+    engine.add(engine.new_sequence("long", [i % VOCAB for i in range(50)], short))
+    seconds, finished = [], False
+    while not finished:
+        began = clock.now
+        finished = any(output.request_id == "long" for output in engine.step())
+        seconds.append(clock.now - began)
+    assert max(seconds) < 0.0151
+    assert len(seconds) < 1.3 * 50 * token_seconds / 0.005 + 4  # and it uses what it may
+
+
+def test_a_step_without_streams_finishes_a_chunk_that_was_begun() -> None:
+    clock = Clock(0.01)
+    runner = CheckingRunner(16, clock.elapse)
+    engine = LLMEngine(
+        runner,
+        EngineConfig(block_size=16, max_itl_stretch=1.5),
+        num_blocks=100,
+        max_model_len=1500,
+        vocab_size=VOCAB,
+        eos_token_ids=frozenset(),
+        num_layers=10,
+        clock=clock,
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    engine.add(engine.new_sequence("stream", [1, 2], greedy))
+    for _ in range(5):
+        engine.step()
+    engine.add(engine.new_sequence("long", [i % VOCAB for i in range(100)], greedy))
+    for _ in range(3):
+        engine.step()
+    assert runner.num_partial_steps > 0
+    engine.abort("stream")
+    engine.step()  # the rest of the chunk
+    outputs = engine.step()  # the rest of the prompt
+    assert [output.request_id for output in outputs] == ["long"]
 
 
 def test_stats_count_prompt_tokens_once_and_reset_after_an_abort() -> None:

@@ -216,7 +216,6 @@ def random_step(
         slot_mapping=torch.tensor(
             [s for all_, n in zip(slots, queries, strict=True) for s in all_[-n:]]
         ),
-        logit_rows=torch.tensor([], dtype=torch.int64),
         block_size=BLOCK_SIZE,
     )
     return torch.randn(starts[-1], heads, 16), cache, batch, slots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -38,15 +39,21 @@ class CheckingRunner:
     way a model does it. Requests in `poisoned` compute what is not a number.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(
+        self, block_size: int, elapse: Callable[[SchedulerOutput], None] = lambda output: None
+    ) -> None:
+        """`elapse` moves the clock by what a step takes."""
         self.block_size = block_size
+        self.elapse = elapse
         self.slots: dict[int, Content | str] = {}
         self.poisoned: set[str] = set()
         self.fail_next = False
         self.has_just_failed = False
         self.num_computed_tokens = 0
+        self.num_partial_steps = 0
 
     def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
+        self.elapse(output)
         self.has_just_failed = self.fail_next
         if self.fail_next:
             self.fail_next = False
@@ -54,10 +61,24 @@ class CheckingRunner:
             self._write([each for each in output.sequences if each.arrival % 2])
             raise RuntimeError("injected")
         self._clear_and_copy(output)
+        complete = [each for each in output.sequences if self._compute_layers(each)]
         self._check_writes(output.sequences)
-        self._write(output.sequences)
-        self.num_computed_tokens += output.num_tokens
+        self._write(complete)
+        self.num_computed_tokens += sum(each.num_scheduled_tokens for each in complete)
         return [self._result(each) for each in output.sequences if each.yields_token]
+
+    def _compute_layers(self, sequence: Sequence) -> bool:
+        """Whether that completes the scheduled tokens. What is left of them is kept as `hidden`."""
+        partial = sequence.partial
+        if partial is None:
+            return True
+        ids, next_layer = partial.hidden or (sequence.scheduled_token_ids, 0)
+        check(ids == sequence.scheduled_token_ids, "a partial chunk has changed between steps")
+        check(partial.layers.start == next_layer, f"layer {next_layer} is left out or repeated")
+        check(len(partial.layers) > 0, "a step computes no layer")
+        partial.hidden = (ids, partial.layers.stop)
+        self.num_partial_steps += 1
+        return partial.is_last
 
     def _clear_and_copy(self, output: SchedulerOutput) -> None:
         for block in output.blocks_to_clear:

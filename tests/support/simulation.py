@@ -62,6 +62,7 @@ class Simulation:
             max_model_len=1 << 16,
             vocab_size=1 << 20,
             eos_token_ids=frozenset(),
+            num_layers=32,
             clock=lambda: self.now,
         )
         pending = list(arrivals)

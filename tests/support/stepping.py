@@ -41,10 +41,11 @@ def run_step(decoder: Decoder, caches: list[KVCache], work: Iterable[tuple[Promp
             context_lens=torch.tensor(contexts, dtype=torch.int32),
             block_tables=torch.tensor([t + [0] * (widest - len(t)) for t in tables]).int(),
             slot_mapping=torch.tensor(slots),
-            logit_rows=torch.arange(starts[-1]),
             block_size=BLOCK_SIZE,
         )
-        logits = decoder.forward(torch.tensor(ids), torch.tensor(positions), batch, caches).cpu()
+        rows = torch.arange(starts[-1])
+        inputs = torch.tensor(ids), torch.tensor(positions)
+        logits = decoder.forward(*inputs, batch, caches, rows).cpu()
     for i, (prompt, _) in enumerate(work):
         prompt.logits += logits[starts[i] : starts[i + 1]]
 
