@@ -47,6 +47,7 @@ QUANT_CONFIG_FILE = "quantize_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 1 << 30  # what a writer holds at a time
+_NO_WEIGHTS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 _DIGEST_WEIGHTS = 1 << 24  # of a packed layer that are dequantized together
 
 
@@ -98,15 +99,20 @@ class CheckpointReader:
         """A floating tensor (fp16, bf16 or fp32) by its full name, checked and marked as taken."""
         return self.take_raw(name, FLOAT_DTYPES, shape)
 
-    def take_linear(self, prefix: str, in_features: int, out_features: int) -> LinearWeight:
+    def take_linear(
+        self, prefix: str, in_features: int, out_features: int, *, transposed: bool = False
+    ) -> LinearWeight:
         """The linear layer `prefix`, [out_features, in_features], packed or dense.
 
-        Raises CheckpointError when a tensor is missing, has another dtype or shape, when `g_idx`
-        names groups that do not exist, or when the config leaves a packed layer at 16 bits.
+        `transposed`: a dense one lies there as [in_features, out_features], as GPT-2's do. Raises
+        CheckpointError when a tensor is missing, has another dtype or shape, when `g_idx` names
+        groups that do not exist, or when the config leaves a packed layer at 16 bits.
         """
         module = self._packed_module(prefix)
         if module is None:
-            weight = self.take(f"{prefix}.weight", shape=(out_features, in_features))
+            shape = (in_features, out_features) if transposed else (out_features, in_features)
+            weight = self.take(f"{prefix}.weight", shape=shape)
+            weight = weight.t() if transposed else weight
             return DenseWeight(weight=weight, bias=self._take_bias(prefix, out_features))
         return self._take_packed(prefix, module, in_features, out_features)
 
@@ -143,8 +149,11 @@ class CheckpointReader:
         return sorted(self._left)
 
     def check_all_consumed(self) -> None:
-        """Raises CheckpointError that lists the tensors nobody took."""
-        left = {name for name in self._left if not name.endswith("rotary_emb.inv_freq")}
+        """Raises CheckpointError that lists the tensors nobody took.
+
+        What older releases stored of rotary frequencies and causal masks is no weight.
+        """
+        left = {name for name in self._left if not name.endswith(_NO_WEIGHTS)}
         if self.config.get("tie_word_embeddings"):
             left.discard("lm_head.weight")  # written next to the embedding it is tied to
         if left:

@@ -70,7 +70,7 @@ OWNERS = {
     "smg_grpc_proto": ("server.rpc",),
     "torch": ("kernels", "quant", "server.bench", "server.engine", "server.model"),
     "psutil": ("server.engine.memory",),
-    "transformers": ("quant", "server.text"),
+    "transformers": ("quant", "server.text", "server.model.families"),
     "llguidance": ("server.text",),
 }
 NO_TORCH = (

@@ -29,6 +29,7 @@ from ..engine.scheduler import SchedulerOutput
 from ..engine.sequence import SampledToken, SequenceResult
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
+from ..model.families import read_config
 from ..model.info import model_info, model_size
 from ..model.loader import build_decoder, load_decoder
 from ..model.random_weights import RandomCheckpoint
@@ -213,7 +214,7 @@ def _shape_subject(shape: Shape, bits: int, backend: KernelBackend) -> Subject:
     return Subject(
         name=shape.name,
         bits=bits,
-        config=ModelConfig.from_hf(config, {}),
+        config=read_config(config, {}),
         weight_bytes=shape.bytes_at(bits),
         held_bytes=shape.bytes_at(held_bits) + 2 * shape.vocab_size * shape.hidden_size,
         load=load,

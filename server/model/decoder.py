@@ -1,6 +1,8 @@
-"""The Llama family: grouped-query attention, rotary positions, RMSNorm, SwiGLU.
+"""A decoder of any family: attention and an MLP in each layer, norms around them.
 
 The decoder says what is computed, a KernelBackend how. Context is an argument of `forward`.
+Shapes: T tokens in the step, C hidden size, H heads, Hkv key-value heads, D head size, F
+intermediate size.
 """
 
 from __future__ import annotations
@@ -24,20 +26,35 @@ from .config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Rotary embedding of one step's positions, RoFormer (Su et al. 2021), section 3.2.2."""
+    """Rotary embedding of one step's positions; R features of a head rotate."""
 
-    cos: Tensor  # [T, D / 2] float32
-    sin: Tensor  # [T, D / 2] float32
+    cos: Tensor  # [T, R / 2] float32
+    sin: Tensor  # [T, R / 2] float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:
     """What all layers of one step share."""
 
-    rotation: Rotation
+    rotations: list[Rotation]
     batch: ForwardBatch
     plan: AttentionPlan
     caches: list[KVCache]  # one per layer
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMS norm, or layer norm where there is a bias."""
+
+    weight: Tensor  # [C] float32
+    bias: Tensor | None  # [C] float32
+    eps: float
+
+    def apply(self, x: Tensor, backend: KernelBackend) -> Tensor:
+        """[T, C] -> [T, C]"""
+        if self.bias is None:
+            return backend.rms_norm(x, self.weight, self.eps)
+        return backend.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +68,19 @@ FusedLinear = PreparedLinear | SideBySide
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderLayer:
-    """x + attention(norm(x)), then x + mlp(norm(x)). Q, K, V and gate, up are one matrix each.
+class AttentionBlock:
+    """x + norm(output(attention(qkv(norm(x))))); what is None is left out.
 
-    Where a checkpoint gives their parts different forms, their outputs are put side by side.
+    Q, K and V are one matrix, or where a checkpoint gives them different forms, side by side.
     """
 
-    input_norm: Tensor  # [C]
+    norm: Norm
     qkv: FusedLinear
-    attention: AttentionSpec
+    head_norms: tuple[Norm, Norm] | None  # of queries and of keys, before they are rotated
+    rotation: int  # which of the step's
+    spec: AttentionSpec
     output: PreparedLinear
-    post_attention_norm: Tensor  # [C]
-    gate_up: FusedLinear
-    down: PreparedLinear
+    output_norm: Norm | None
 
     def forward(
         self,
@@ -74,25 +91,77 @@ class DecoderLayer:
         backend: KernelBackend,
     ) -> Tensor:
         """Hidden states [T, C] -> [T, C]; writes this step's keys and values to the cache."""
-        rotation, batch = context.rotation, context.batch
-        eps = config.rms_norm_eps
-        qkv = _norm_linear(backend, x, self.input_norm, eps, self.qkv)
-        q = backend.rope_and_store(qkv, rotation.cos, rotation.sin, config.num_heads, cache, batch)
-        attended = backend.attention(q, cache, context.plan, self.attention)
-        x = backend.linear_residual(attended, self.output, x)
-        if not isinstance(self.gate_up, SideBySide):
-            return backend.mlp(x, self.post_attention_norm, eps, self.gate_up, self.down)
-        gate_up = _norm_linear(backend, x, self.post_attention_norm, eps, self.gate_up)
-        return backend.linear_residual(backend.silu_mul(gate_up), self.down, x)
+        qkv = _norm_linear(backend, x, self.norm, self.qkv)
+        if self.head_norms is not None:
+            q_norm, k_norm = self.head_norms
+            qkv = backend.norm_heads(
+                qkv, q_norm.weight, k_norm.weight, q_norm.eps, config.num_heads
+            )
+        rotation = context.rotations[self.rotation]
+        q = backend.rope_and_store(
+            qkv, rotation.cos, rotation.sin, config.num_heads, cache, context.batch
+        )
+        attended = backend.attention(q, cache, context.plan, self.spec)
+        return _add(backend, attended, self.output, self.output_norm, x)
 
 
-def _norm_linear(
-    backend: KernelBackend, x: Tensor, norm: Tensor, eps: float, layer: FusedLinear
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpBlock:
+    """x + norm(down(activation(up(norm(x))))); what is None is left out.
+
+    `up` makes gate and up where the MLP is gated: activation(gate) * up.
+    """
+
+    norm: Norm
+    up: FusedLinear
+    gated: bool
+    down: PreparedLinear
+    output_norm: Norm | None
+
+    def forward(self, x: Tensor, config: ModelConfig, backend: KernelBackend) -> Tensor:
+        """Hidden states [T, C] -> [T, C]."""
+        norm, up, activation = self.norm, self.up, config.activation
+        plain = self.gated and norm.bias is None and self.output_norm is None
+        if plain and not isinstance(up, SideBySide):
+            return backend.mlp(x, norm.weight, norm.eps, up, self.down, activation)
+        inner = _norm_linear(backend, x, norm, up)
+        activate = backend.activate_mul if self.gated else backend.activate
+        return _add(backend, activate(inner, activation), self.down, self.output_norm, x)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayer:
+    attention: AttentionBlock
+    mlp: MlpBlock
+
+    def forward(
+        self,
+        x: Tensor,
+        context: StepContext,
+        cache: KVCache,
+        config: ModelConfig,
+        backend: KernelBackend,
+    ) -> Tensor:
+        """Hidden states [T, C] -> [T, C]; writes this step's keys and values to the cache."""
+        x = self.attention.forward(x, context, cache, config, backend)
+        return self.mlp.forward(x, config, backend)
+
+
+def _norm_linear(backend: KernelBackend, x: Tensor, norm: Norm, layer: FusedLinear) -> Tensor:
+    if isinstance(layer, SideBySide):
+        normed = norm.apply(x, backend)
+        return torch.cat([backend.linear(normed, part) for part in layer.parts], dim=-1)
+    if norm.bias is None:
+        return backend.norm_linear(x, norm.weight, norm.eps, layer)
+    return backend.linear(norm.apply(x, backend), layer)
+
+
+def _add(
+    backend: KernelBackend, x: Tensor, layer: PreparedLinear, norm: Norm | None, residual: Tensor
 ) -> Tensor:
-    if not isinstance(layer, SideBySide):
-        return backend.norm_linear(x, norm, eps, layer)
-    normed = backend.rms_norm(x, norm, eps)
-    return torch.cat([backend.linear(normed, part) for part in layer.parts], dim=-1)
+    if norm is None:
+        return backend.linear_residual(x, layer, residual)
+    return residual + norm.apply(backend.linear(x, layer).to(residual.dtype), backend)
 
 
 class Decoder:
@@ -102,18 +171,21 @@ class Decoder:
         backend: KernelBackend,
         *,
         embedding: EmbeddingWeight,  # [vocabulary, C]
+        position_embedding: Tensor | None,  # [max_position_embeddings, C]; None: rotary
         layers: list[DecoderLayer],
-        norm: Tensor,  # [C]
+        norm: Norm,
         head: PreparedLinear,
     ) -> None:
         self.config = config
         self.backend = backend
         self.embedding = embedding
+        self.position_embedding = position_embedding
         self.layers = layers
         self.norm = norm
         self.head = head
-        exponents = torch.arange(0, config.head_dim, 2, device=backend.device) / config.head_dim
-        self._inverse_frequencies = 1.0 / config.rope_theta**exponents  # [D / 2] float32
+        self._rotations = [
+            (rope.frequencies().to(backend.device), rope.scaling.magnitude) for rope in config.ropes
+        ]
 
     def forward(
         self,
@@ -131,9 +203,8 @@ class Decoder:
 
     def context(self, positions: Tensor, batch: ForwardBatch, caches: list[KVCache]) -> StepContext:
         """What the layers need of a step whose tokens stand at `positions` [T]."""
-        angles = positions[:, None].to(torch.float32) * self._inverse_frequencies
         return StepContext(
-            rotation=Rotation(angles.cos(), angles.sin()),
+            rotations=[_rotate(positions, *rotation) for rotation in self._rotations],
             batch=batch,
             plan=self.backend.plan_attention(batch),
             caches=caches,
@@ -141,13 +212,18 @@ class Decoder:
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids [T], positions [T] -> hidden states [T, C] that enter the first layer."""
-        return self.backend.embed(input_ids, self.embedding)
+        x = self.backend.embed(input_ids, self.embedding)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
+        if self.position_embedding is not None:
+            x = x + self.backend.embed(positions, self.position_embedding)
+        return x
 
     def run_layers(self, x: Tensor, context: StepContext, first: int, last: int) -> Tensor:
         """Hidden states [T, C] through the layers from `first` to before `last`: [T, C].
 
-        Writes the step's keys and values to those layers' caches. Layers run in turn over the same
-        context give what they give in one call.
+        Writes the step's keys and values to those layers' caches. Layers run in several calls over
+        the same context give what they give in one.
         """
         for layer, cache in zip(self.layers[first:last], context.caches[first:last], strict=True):
             x = layer.forward(x, context, cache, self.config, self.backend)
@@ -155,5 +231,14 @@ class Decoder:
 
     def logits(self, x: Tensor, rows: Tensor) -> Tensor:
         """Hidden states [T, C] behind the last layer -> logits [S, vocabulary] of rows [S]."""
-        x = self.backend.rms_norm(x[rows], self.norm, self.config.rms_norm_eps)
-        return self.backend.logits(x, self.head)
+        logits = self.backend.logits(self.norm.apply(x[rows], self.backend), self.head)
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _rotate(positions: Tensor, frequencies: Tensor, magnitude: float) -> Rotation:
+    """positions [T], frequencies [R / 2] float32 in radians per position."""
+    angles = positions[:, None].to(torch.float32) * frequencies
+    if magnitude == 1:
+        return Rotation(angles.cos(), angles.sin())
+    return Rotation(angles.cos() * magnitude, angles.sin() * magnitude)

@@ -7,17 +7,18 @@ from pathlib import Path
 from ...quant.checkpoint import CheckpointReader
 from ..types import ModelInfo, QuantizationInfo
 from .config import ModelConfig
+from .families import family_of, read_config
 
 
 def model_info(folder: Path, name: str = "") -> ModelInfo:
     """By the folder's name unless there is another. Raises CheckpointError."""
     reader = CheckpointReader(folder)
-    config = ModelConfig.from_hf(reader.config, reader.generation_config)
+    config = read_config(reader.config, reader.generation_config)
     quant = reader.quant_config
     return ModelInfo(
         name=name or folder.resolve().name,
         folder=str(folder.resolve()),
-        architecture=reader.config["architectures"][0],
+        architecture=family_of(reader.config).architecture,
         eos_token_ids=tuple(sorted(config.eos_token_ids)),
         quantization=None
         if quant is None
@@ -30,4 +31,4 @@ def model_info(folder: Path, name: str = "") -> ModelInfo:
 def model_size(folder: Path) -> tuple[ModelConfig, int]:
     """(The decoder's numbers, bytes of all weights as they are stored). Raises CheckpointError."""
     reader = CheckpointReader(folder)
-    return ModelConfig.from_hf(reader.config, reader.generation_config), reader.num_bytes
+    return read_config(reader.config, reader.generation_config), reader.num_bytes

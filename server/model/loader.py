@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ...kernels.interface import AttentionSpec, KernelBackend, PreparedLinear
+from ...kernels.interface import KernelBackend
 from ...kernels.packing import (
     DenseWeight,
     EmbeddingWeight,
@@ -17,80 +19,163 @@ from ...kernels.packing import (
     fits_beside,
 )
 from ...quant.checkpoint import CheckpointReader
+from ...quant.errors import CheckpointError
 from .config import ModelConfig
-from .decoder import Decoder, DecoderLayer, FusedLinear, SideBySide
+from .decoder import AttentionBlock, Decoder, DecoderLayer, FusedLinear, MlpBlock, Norm, SideBySide
+from .families import Family, NormKind, PartNames, family_of, read_config
 
 
 def load_decoder(folder: Path, backend: KernelBackend) -> Decoder:
     """Memory-map the checkpoint and hand each weight to the backend, layer by layer.
 
-    Raises CheckpointError naming the file, the tensor and the reason.
+    Raises CheckpointError naming the file, the tensor and the reason, or BackendUnavailable for
+    attention that the backend does not implement.
     """
     return build_decoder(CheckpointReader(folder), backend)
 
 
 def build_decoder(reader: CheckpointReader, backend: KernelBackend) -> Decoder:
     """The same from an open checkpoint, or from what takes its place."""
-    config = ModelConfig.from_hf(reader.config, reader.generation_config)
-    hidden = config.hidden_size
-    embedding = reader.take_embedding("model.embed_tokens", config.vocab_size, hidden)
-    decoder = Decoder(
-        config,
-        backend,
-        embedding=backend.prepare_embedding(embedding),
-        layers=[_load_layer(reader, config, backend, i) for i in range(config.num_layers)],
-        norm=_norm(reader, backend, "model.norm", hidden),
-        head=backend.prepare_head(_take_head(reader, config, embedding)),
-    )
+    config = read_config(reader.config, reader.generation_config)
+    decoder = _Loader(reader, config, family_of(reader.config), backend).load()
     reader.check_all_consumed()
     return decoder
 
 
-def _take_head(
-    reader: CheckpointReader, config: ModelConfig, embedding: EmbeddingWeight
-) -> LinearWeight:
-    # A head that is packed is a matrix of its own, whatever config.json says of it.
-    if not config.tie_word_embeddings or "lm_head" in reader.packed_prefixes():
-        return reader.take_linear("lm_head", config.hidden_size, config.vocab_size)
-    if isinstance(embedding, PackedEmbedding):
-        return embedding.as_linear()
-    return DenseWeight(weight=embedding)
+class _Loader:
+    def __init__(
+        self, reader: CheckpointReader, config: ModelConfig, family: Family, backend: KernelBackend
+    ) -> None:
+        self._reader = reader
+        self._config = config
+        self._family = family
+        self._names = _names_in(reader, family.names)
+        self._backend = backend
+
+    def load(self) -> Decoder:
+        config, names = self._config, self._names
+        embedding = self._reader.take_embedding(
+            names.embedding, config.vocab_size, config.hidden_size
+        )
+        return Decoder(
+            config,
+            self._backend,
+            embedding=self._backend.prepare_embedding(embedding),
+            position_embedding=self._position_embedding(),
+            layers=[self._layer(i) for i in range(config.num_layers)],
+            norm=self._norm(names.norm, config.hidden_size),
+            head=self._backend.prepare_head(self._head(embedding)),
+        )
+
+    def _head(self, embedding: EmbeddingWeight) -> LinearWeight:
+        config, name = self._config, self._names.head
+        # A head that is packed is a matrix of its own, whatever config.json says of it.
+        if not config.tie_word_embeddings or name in self._reader.packed_prefixes():
+            return self._reader.take_linear(name, config.hidden_size, config.vocab_size)
+        if isinstance(embedding, PackedEmbedding):
+            return embedding.as_linear()
+        return DenseWeight(weight=embedding)
+
+    def _position_embedding(self) -> Tensor | None:
+        name, offset = self._names.position_embedding, self._family.position_offset
+        if name is None:
+            return None
+        num_rows = self._config.max_position_embeddings + offset
+        table = self._reader.take(f"{name}.weight", shape=(num_rows, self._config.hidden_size))
+        return table[offset:].to(self._backend.device)
+
+    def _layer(self, index: int) -> DecoderLayer:
+        prefix = f"{self._names.layers}.{index}"
+        return DecoderLayer(attention=self._attention(prefix, index), mlp=self._mlp(prefix))
+
+    def _attention(self, prefix: str, index: int) -> AttentionBlock:
+        config, names, layer = self._config, self._names, self._config.layers[index]
+        self._backend.check_attention(layer.attention)
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        qkv = self._linears(
+            prefix, names.qkv, hidden, (q_size, kv_size, kv_size), bias=config.qkv_bias
+        )
+        output = self._linears(prefix, (names.output,), q_size, (hidden,), bias=config.output_bias)
+        head_norms = None
+        if names.q_norm is not None and names.k_norm is not None:
+            q_norm = self._norm(f"{prefix}.{names.q_norm}", head_dim)
+            head_norms = (q_norm, self._norm(f"{prefix}.{names.k_norm}", head_dim))
+        return AttentionBlock(
+            norm=self._norm(f"{prefix}.{names.input_norm}", hidden),
+            qkv=_prepare_fused(self._backend, qkv),
+            head_norms=head_norms,
+            rotation=config.ropes.index(layer.rope),
+            spec=layer.attention,
+            output=self._backend.prepare_linear(output[0]),
+            output_norm=self._optional_norm(prefix, names.attention_output_norm),
+        )
+
+    def _mlp(self, prefix: str) -> MlpBlock:
+        config, names, gated = self._config, self._names, self._family.gated
+        hidden, inner = config.hidden_size, config.intermediate_size
+        sizes = (inner, inner) if gated else (inner,)
+        up = self._linears(prefix, names.up, hidden, sizes, bias=config.mlp_bias)
+        down = self._linears(prefix, (names.down,), inner, (hidden,), bias=config.mlp_bias)
+        return MlpBlock(
+            norm=self._norm(f"{prefix}.{names.mlp_norm}", hidden),
+            up=_prepare_fused(self._backend, up),
+            gated=gated,
+            down=self._backend.prepare_linear(down[0]),
+            output_norm=self._optional_norm(prefix, names.mlp_output_norm),
+        )
+
+    def _linears(
+        self,
+        prefix: str,
+        names: tuple[str, ...],
+        in_features: int,
+        sizes: tuple[int, ...],
+        *,
+        bias: bool,
+    ) -> list[LinearWeight]:
+        """Layers of these output sizes, or the one that is all of them."""
+        if len(names) == 1:
+            sizes = (sum(sizes),)
+        transposed = self._family.transposed
+        parts = [
+            self._reader.take_linear(f"{prefix}.{name}", in_features, size, transposed=transposed)
+            for name, size in zip(names, sizes, strict=True)
+        ]
+        for name, part in zip(names, parts, strict=True):
+            if bias and part.bias is None:
+                raise CheckpointError(
+                    f"{self._reader.folder}: tensor {prefix}.{name}.bias is missing"
+                )
+        return parts
+
+    def _optional_norm(self, prefix: str, name: str | None) -> Norm | None:
+        return None if name is None else self._norm(f"{prefix}.{name}", self._config.hidden_size)
+
+    def _norm(self, name: str, size: int) -> Norm:
+        kind = self._family.norm
+        weight = self._vector(f"{name}.weight", size)
+        if kind is NormKind.RMS_PLUS_ONE:
+            weight = weight + 1
+        bias = self._vector(f"{name}.bias", size) if kind is NormKind.LAYER else None
+        return Norm(weight, bias, self._config.norm_eps)
+
+    def _vector(self, name: str, size: int) -> Tensor:
+        return self._reader.take(name, shape=(size,)).to(self._backend.device, torch.float32)
 
 
-def _load_layer(
-    reader: CheckpointReader, config: ModelConfig, backend: KernelBackend, index: int
-) -> DecoderLayer:
-    prefix = f"model.layers.{index}"
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    q_size = config.num_heads * config.head_dim
-    kv_size = config.num_kv_heads * config.head_dim
-
-    def take(parent: str, in_features: int, **parts: int) -> list[LinearWeight]:
-        sizes = [(f"{prefix}.{parent}.{name}", size) for name, size in parts.items()]
-        return [reader.take_linear(name, in_features, size) for name, size in sizes]
-
-    def single(parent: str, in_features: int, **part: int) -> PreparedLinear:
-        return backend.prepare_linear(*take(parent, in_features, **part))
-
-    def fused(parent: str, in_features: int, **parts: int) -> FusedLinear:
-        return _prepare_fused(backend, take(parent, in_features, **parts))
-
-    attention = AttentionSpec(scale=config.head_dim**-0.5)
-    backend.check_attention(attention)
-    return DecoderLayer(
-        input_norm=_norm(reader, backend, f"{prefix}.input_layernorm", hidden),
-        qkv=fused("self_attn", hidden, q_proj=q_size, k_proj=kv_size, v_proj=kv_size),
-        attention=attention,
-        output=single("self_attn", q_size, o_proj=hidden),
-        post_attention_norm=_norm(reader, backend, f"{prefix}.post_attention_layernorm", hidden),
-        gate_up=fused("mlp", hidden, gate_proj=intermediate, up_proj=intermediate),
-        down=single("mlp", intermediate, down_proj=hidden),
-    )
-
-
-def _norm(reader: CheckpointReader, backend: KernelBackend, prefix: str, size: int) -> torch.Tensor:
-    weight = reader.take(f"{prefix}.weight", shape=(size,))
-    return weight.to(backend.device, torch.float32)
+def _names_in(reader: CheckpointReader, names: PartNames) -> PartNames:
+    """Some checkpoints hold the bare model: the first part of its names is missing there."""
+    if any(name.startswith(f"{names.embedding}.") for name in reader.names()):
+        return names
+    bare = {
+        part: name.partition(".")[2]
+        for part in ("embedding", "position_embedding", "layers", "norm")
+        if (name := getattr(names, part)) is not None
+    }
+    if any(name.startswith(f"{bare['embedding']}.") for name in reader.names()):
+        return replace(names, **bare)
+    return names
 
 
 def _prepare_fused(backend: KernelBackend, weights: list[LinearWeight]) -> FusedLinear:

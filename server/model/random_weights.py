@@ -59,7 +59,9 @@ class RandomCheckpoint(CheckpointReader):
             return self._uniform(shape, 0.5, 1.5)
         return self._uniform(shape, -1.0, 1.0)
 
-    def take_linear(self, prefix: str, in_features: int, out_features: int) -> LinearWeight:
+    def take_linear(
+        self, prefix: str, in_features: int, out_features: int, *, transposed: bool = False
+    ) -> LinearWeight:
         if self._bits == 16 or prefix == "lm_head":
             bound = (3 / in_features) ** 0.5  # a variance of 1 / K
             return DenseWeight(weight=self._uniform((out_features, in_features), -bound, bound))

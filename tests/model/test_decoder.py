@@ -172,8 +172,8 @@ def edit_config(folder: Path, **changes: object) -> None:
     ("changes", "message"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "architectures is ['MambaForCausalLM']"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),
         ({"num_key_value_heads": 4}, "num_attention_heads is 6"),
         ({"num_hidden_layers": 1}, "tensors have no place in this model: model.layers.1"),

@@ -110,6 +110,11 @@ def _qwen2() -> PretrainedConfig:
     return Qwen2Config(**LLAMA_LIKE)
 
 
+def _qwen2_with_windows() -> PretrainedConfig:
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    return Qwen2Config(**LLAMA_LIKE, **windows)
+
+
 def _qwen2_moe() -> PretrainedConfig:
     sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 96}
     return Qwen2MoeConfig(**LLAMA_LIKE, **MOE, **sizes, num_experts=4)
@@ -138,6 +143,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen2 moe": _qwen2_moe,
+    "qwen2 with windows": _qwen2_with_windows,
     "qwen3": _qwen3,
     "qwen3 moe": _qwen3_moe,
 }
