@@ -633,7 +633,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     async def load() -> Loaded:
         started = time.monotonic()
         decoder = await asyncio.wrap_future(
-            thread.submit(load_decoder, arguments.checkpoint, backend)
+            thread.submit(load_decoder, arguments.checkpoint, backend, config.engine.max_model_len)
         )
         engine = build_engine(decoder, config.engine)
         logger.info("loaded %s in %.1f s", arguments.checkpoint, time.monotonic() - started)

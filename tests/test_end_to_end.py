@@ -17,6 +17,7 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from families import save_family
 from lowbit.kernels.cpu import CpuBackend
 from lowbit.quant.evaluate import load_dequantized
 from lowbit.server.client import Client
@@ -242,3 +243,24 @@ def test_ctrl_c_drains_too(real_checkpoint: Path) -> None:
             rest = list(stream)
         assert rest[-1].finish_reason is FinishReason.LENGTH
         assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt2"])
+def test_a_model_of_another_family_is_quantized_and_served(tmp_path: Path, family: str) -> None:
+    source, out, text = tmp_path / "source", tmp_path / "w4", tmp_path / "text"
+    save_family(source, family)
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 50, encoding="utf-8")
+    few = ["--num-sequences", "8", "--sequence-length", "64", "--group-size", "32"]
+    subprocess.run([LOWBIT, "quantize", source, out, "--calibration", text, *few], check=True)
+    prompt = torch.tensor([list(b"What is the capital of France?")])
+    expected = load_dequantized(out).generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with serving(out, "--cpu-precision", "float32") as (_, address), Client(address) as client:
+        client.wait_until_serving()
+        deltas = client.stream(
+            "What is the capital of France?", temperature=0, max_tokens=40, ignore_eos=True
+        )
+        streamed = [token.id for delta in deltas for token in delta.tokens]
+    assert streamed == expected[0, prompt.shape[1] :].tolist()

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def check_before_loading(folder: Path, backend: KernelBackend, config: EngineConfig) -> None:
     """Reads no weights. Raises CheckpointError, InvalidConfig where they will not fit, or
     BackendUnavailable for attention that the backend does not implement."""
-    model, weight_bytes = model_size(folder)
+    model, weight_bytes = model_size(folder, config.max_model_len)
     for layer in model.layers:
         backend.check_attention(layer.attention)
     max_model_len = _max_model_len(model, config)

@@ -259,10 +259,15 @@ def family_of(config: Mapping[str, Any]) -> Family:
     )
 
 
-def read_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> ModelConfig:
+def read_config(
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+    max_model_len: int | None = None,
+) -> ModelConfig:
     """The keys that transformers writes to config.json and generation_config.json.
 
-    Raises CheckpointError naming the key and its value.
+    Some models change where `max_model_len` goes beyond their original context. Raises
+    CheckpointError naming the key and its value.
     """
     family = family_of(config)
     found = _complete(config, family)
@@ -276,7 +281,10 @@ def read_config(config: Mapping[str, Any], generation_config: Mapping[str, Any])
             f"it must be a multiple of num_key_value_heads ({num_kv_heads})"
         )
     head_dim = getattr(found, "head_dim", None) or found.hidden_size // num_heads
-    layers = tuple(_layer(found, family, head_dim, i) for i in range(found.num_hidden_layers))
+    layers = tuple(
+        _layer(found, family, head_dim, index, max_model_len)
+        for index in range(found.num_hidden_layers)
+    )
     return ModelConfig(
         vocab_size=found.vocab_size,
         hidden_size=found.hidden_size,
@@ -326,9 +334,14 @@ def _check_required(config: Any, family: Family) -> None:
         )
 
 
-def _layer(config: Any, family: Family, head_dim: int, index: int) -> LayerConfig:
+def _layer(
+    config: Any, family: Family, head_dim: int, index: int, max_model_len: int | None
+) -> LayerConfig:
     kinds = getattr(config, "layer_types", None)
     kind = kinds[index] if kinds else None
+    rope = RopeConfig(size=0)
+    if family.rotates:
+        rope = _rope(config, family, head_dim, kind, max_model_len)
     scalar = _optional(config, family.keys.query_scalar) or head_dim
     return LayerConfig(
         attention=AttentionSpec(
@@ -336,7 +349,7 @@ def _layer(config: Any, family: Family, head_dim: int, index: int) -> LayerConfi
             window=_window(config, family, kind),
             soft_cap=_optional(config, family.keys.attention_soft_cap),
         ),
-        rope=_rope(config, family, head_dim, kind) if family.rotates else RopeConfig(size=0),
+        rope=rope,
     )
 
 
@@ -350,12 +363,15 @@ def _window(config: Any, family: Family, kind: str | None) -> int | None:
     return None if kind == "full_attention" else window
 
 
-def _rope(config: Any, family: Family, head_dim: int, kind: str | None) -> RopeConfig:
-    parameters = config.rope_parameters
-    rope = read_rope(parameters.get(kind, parameters), head_dim, config.max_position_embeddings)
+def _rope(
+    config: Any, family: Family, head_dim: int, kind: str | None, max_model_len: int | None
+) -> RopeConfig:
+    parameters = config.rope_parameters.get(kind, config.rope_parameters)
+    rope = read_rope(parameters, head_dim, config.max_position_embeddings, max_model_len)
     if rope.size != head_dim and not family.rotates_partly:
         raise CheckpointError(
-            f"config.json: {family.architecture} with a partial_rotary_factor is not supported"
+            f"config.json: partial_rotary_factor is {rope.size / head_dim}; "
+            f"supported for {family.architecture} is 1"
         )
     return rope
 

@@ -28,7 +28,8 @@ def model_info(folder: Path, name: str = "") -> ModelInfo:
     )
 
 
-def model_size(folder: Path) -> tuple[ModelConfig, int]:
+def model_size(folder: Path, max_model_len: int | None = None) -> tuple[ModelConfig, int]:
     """(The decoder's numbers, bytes of all weights as they are stored). Raises CheckpointError."""
     reader = CheckpointReader(folder)
-    return read_config(reader.config, reader.generation_config), reader.num_bytes
+    config = read_config(reader.config, reader.generation_config, max_model_len)
+    return config, reader.num_bytes

@@ -25,18 +25,23 @@ from .decoder import AttentionBlock, Decoder, DecoderLayer, FusedLinear, MlpBloc
 from .families import Family, NormKind, PartNames, family_of, read_config
 
 
-def load_decoder(folder: Path, backend: KernelBackend) -> Decoder:
+def load_decoder(folder: Path, backend: KernelBackend, max_model_len: int | None = None) -> Decoder:
     """Memory-map the checkpoint and hand each weight to the backend, layer by layer.
+
+    `max_model_len` chooses between the two models that some checkpoints hold, for short contexts
+    and for long ones (LongRoPE).
 
     Raises CheckpointError naming the file, the tensor and the reason, or BackendUnavailable for
     attention that the backend does not implement.
     """
-    return build_decoder(CheckpointReader(folder), backend)
+    return build_decoder(CheckpointReader(folder), backend, max_model_len)
 
 
-def build_decoder(reader: CheckpointReader, backend: KernelBackend) -> Decoder:
+def build_decoder(
+    reader: CheckpointReader, backend: KernelBackend, max_model_len: int | None = None
+) -> Decoder:
     """The same from an open checkpoint, or from what takes its place."""
-    config = read_config(reader.config, reader.generation_config)
+    config = read_config(reader.config, reader.generation_config, max_model_len)
     decoder = _Loader(reader, config, family_of(reader.config), backend).load()
     reader.check_all_consumed()
     return decoder

@@ -164,11 +164,16 @@ _OTHER_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def read_rope(
-    parameters: Mapping[str, Any], head_dim: int, max_position_embeddings: int
+    parameters: Mapping[str, Any],
+    head_dim: int,
+    max_position_embeddings: int,
+    max_model_len: int | None,
 ) -> RopeConfig:
     """`rope_parameters` as transformers writes them, for one kind of layer.
 
-    Raises CheckpointError naming the key.
+    A LongRoPE model that is to go beyond its original context takes its long factors for all
+    positions: keys in the cache cannot change when a sequence grows. Raises CheckpointError
+    naming the key.
     """
     kind = parameters.get("rope_type", "default")
     if kind not in _SCALINGS:
@@ -188,7 +193,7 @@ def read_rope(
     return RopeConfig(
         size=size,
         theta=_number("rope_theta", parameters.get("rope_theta")),
-        scaling=_read_scaling(kind, parameters, size),
+        scaling=_read_scaling(kind, parameters, size, max_model_len),
     )
 
 
@@ -206,7 +211,9 @@ def _refuse_unknown(kind: str, parameters: Mapping[str, Any]) -> None:
             )
 
 
-def _read_scaling(kind: str, parameters: Mapping[str, Any], size: int) -> RopeScaling:
+def _read_scaling(
+    kind: str, parameters: Mapping[str, Any], size: int, max_model_len: int | None
+) -> RopeScaling:
     settings: dict[str, Any] = {}
     for key, field in _scaling_fields(kind).items():
         value = parameters.get(key)
@@ -216,6 +223,8 @@ def _read_scaling(kind: str, parameters: Mapping[str, Any], size: int) -> RopeSc
             settings[key] = _numbers(key, value, size // 2)
         else:
             settings[key] = value if isinstance(value, bool) else _number(key, value)
+    if kind == "longrope" and max_model_len is not None:
+        settings["long"] = max_model_len > settings["original_max_position_embeddings"]
     return _SCALINGS[kind](**settings)
 
 

@@ -17,8 +17,8 @@ from lowbit.server.bench import engine as bench
 from lowbit.server.bench.engine import Bench, Case, Measured, Missing, Settings, Shape
 from lowbit.server.bench.timing import time_on_host
 from lowbit.server.cli import main
-from lowbit.server.model.config import ModelConfig
 from lowbit.server.model.decoder import Decoder
+from lowbit.server.model.families import read_config
 from lowbit.server.model.random_weights import RandomCheckpoint
 from tiny import TinyModel, build_tiny_model
 
@@ -121,7 +121,7 @@ def test_a_decode_step_reads_contexts_up_to_the_cases(
 
 
 def test_attention_is_compared_with_the_same_attention() -> None:
-    config = ModelConfig.from_hf(SMALL.hf_config(), {})
+    config = read_config(SMALL.hf_config(), {})
     paged, contiguous = bench.attention_calls(CpuBackend(), config, Case("attention", 3, 50))
     expected = contiguous()[:, :, 0].flatten(1).float()
     assert (paged() - expected).abs().max() < 0.02  # the contiguous one is computed in bfloat16

@@ -14,23 +14,22 @@ from lowbit.server.cli import main
 from lowbit.server.config import EngineConfig, InvalidConfig
 from lowbit.server.engine import memory
 from lowbit.server.engine.build import build_engine
-from lowbit.server.model.config import ModelConfig
+from lowbit.server.model.families import read_config
 from lowbit.server.model.loader import load_decoder
 from tiny import TinyModel
 
-MODEL = ModelConfig(
-    vocab_size=1000,
-    hidden_size=128,
-    intermediate_size=256,
-    num_layers=100,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=16,
-    max_position_embeddings=1000,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    tie_word_embeddings=True,
-    eos_token_ids=frozenset(),
+MODEL = read_config(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 1000,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 100,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1000,
+    },
+    {},
 )
 TOKEN_BYTES = 2 * 100 * 4 * 16 * 2  # keys and values x layers x heads x D x bfloat16
 SEQUENCE_BYTES = 63 * 16 * TOKEN_BYTES  # 1,000 tokens in blocks of 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,18 @@ import pytest
 import torch
 from families import build_family, save_family
 from lowbit.kernels.cpu import CpuBackend
-from lowbit.kernels.interface import KernelBackend
+from lowbit.kernels.interface import BackendUnavailable, KernelBackend, load_backend
 from lowbit.kernels.reference import ReferenceBackend
 from lowbit.quant import calibration
 from lowbit.quant.config import QuantConfig
+from lowbit.quant.errors import CheckpointError
 from lowbit.quant.evaluate import load_dequantized
 from lowbit.quant.pipeline import quantize
 from lowbit.server.config import EngineConfig
 from lowbit.server.engine.build import build_engine
 from lowbit.server.model.loader import load_decoder
 from lowbit.server.types import SamplingParams
+from safetensors.torch import load_file, save_file
 from stepping import BLOCK_SIZE, Prompt, caches_for, run_step
 
 SERVED = (
@@ -26,16 +29,20 @@ SERVED = (
     "gemma3",
     "gpt2",
     "llama",
+    "llama 3",
     "llama with biases",
+    "llama with yarn",
     "mistral",
     "opt",
     "phi3",
+    "phi3 with longrope",
     "qwen2",
     "qwen2 with windows",
     "qwen3",
 )
 # With the largest difference, in standard deviations of the logits.
 BACKENDS = {"reference": (ReferenceBackend(), 1e-4), "cpu": (CpuBackend("float32"), 1e-4)}
+MAX_MODEL_LEN = 120
 LENGTH = 75  # several times the windows of the tiny models
 
 
@@ -53,7 +60,7 @@ def oracle_logits(oracle: Any, token_ids: list[int]) -> torch.Tensor:
 
 def largest_difference(folder: Path, backend: KernelBackend, oracle: Any) -> float:
     """Of the logits of a prompt in chunks and single steps, in the logits' standard deviations."""
-    decoder = load_decoder(folder, backend)
+    decoder = load_decoder(folder, backend, MAX_MODEL_LEN)
     prompt = random_prompt(LENGTH, 1, seed=3)
     caches = caches_for(decoder, 8)
     for num_tokens in (40, 1, 1, LENGTH - 42):
@@ -130,10 +137,11 @@ def test_greedy_tokens_are_those_of_transformers(quantized: tuple[Path, Any]) ->
     folder, oracle = quantized
     settings = {"kv_cache_memory_bytes": 1 << 22, "max_num_seqs": 4, "max_num_batched_tokens": 20}
     engine = build_engine(
-        load_decoder(folder, CpuBackend("float32")), EngineConfig(**settings, max_model_len=120)
+        load_decoder(folder, CpuBackend("float32"), MAX_MODEL_LEN),
+        EngineConfig(**settings, max_model_len=MAX_MODEL_LEN),
     )
-    stem = random_prompt(50, 0, seed=7).token_ids
-    prompts = {f"{n}": stem[:48] + random_prompt(n, 0, seed=n).token_ids for n in (1, 9, 30)}
+    stem = random_prompt(66, 0, seed=7).token_ids
+    prompts = {f"{n}": stem[:64] + random_prompt(n, 0, seed=n).token_ids for n in (1, 9, 30)}
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     received: dict[str, list[int]] = {name: [] for name in (*prompts, "stem")}
     engine.add(engine.new_sequence("stem", stem, params))
@@ -146,7 +154,7 @@ def test_greedy_tokens_are_those_of_transformers(quantized: tuple[Path, Any]) ->
                 assert output.token_id is not None
                 received[output.request_id].append(output.token_id)
             num_hits += engine.last_step.num_prefix_hit_tokens
-    assert num_hits >= 3 * 48
+    assert num_hits >= 3 * 64
     for name, prompt in {"stem": stem, **prompts}.items():
         assert received[name] == greedy(oracle, prompt, 20)
 
@@ -166,3 +174,71 @@ def test_hidden_states_do_not_depend_on_chunks_or_neighbours(quantized: tuple[Pa
     for one, other in zip(alone, chunked, strict=True):
         for left_tensor, right_tensor in zip(one.tensors, other.tensors, strict=True):
             assert torch.equal(left_tensor, right_tensor)
+
+
+def test_longrope_is_another_model_within_its_original_context(tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "m", "phi3 with longrope")
+    oracle = stored_in_16_bits(build_family("phi3 with longrope"))
+    decoder = load_decoder(folder, ReferenceBackend())
+    assert decoder.config.max_position_embeddings == 50
+    prompt = random_prompt(50, 0, seed=3)
+    run_step(decoder, caches_for(decoder, 4), [(prompt, 50)])
+    difference = torch.stack(prompt.logits) - oracle_logits(oracle, prompt.token_ids)
+    assert difference.abs().max() < 1e-4
+
+
+def test_a_checkpoint_of_the_bare_model_with_its_masks(tmp_path: Path) -> None:
+    """As the first GPT-2 lies on the hub: its names lack `transformer.`, its masks are there."""
+    folder = save_family(tmp_path / "m", "gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 128, 128).tril() for i in range(2)}
+    save_file(tensors, folder / "model.safetensors")
+    oracle = stored_in_16_bits(build_family("gpt2"))
+    assert largest_difference(folder, ReferenceBackend(), oracle) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor"),
+    [
+        ("qwen2", "model.layers.1.self_attn.k_proj.bias"),
+        ("gpt2", "transformer.h.0.mlp.c_fc.bias"),
+        ("gpt2", "transformer.h.1.ln_2.bias"),
+        ("gpt2", "transformer.wpe.weight"),
+        ("opt", "model.decoder.final_layer_norm.bias"),
+        ("qwen3", "model.layers.0.self_attn.q_norm.weight"),
+        ("gemma2", "model.layers.0.post_feedforward_layernorm.weight"),
+        ("phi3", "model.layers.1.self_attn.qkv_proj.weight"),
+        ("llama with biases", "model.layers.0.mlp.down_proj.bias"),
+    ],
+)
+def test_a_missing_tensor_is_named(tmp_path: Path, family: str, tensor: str) -> None:
+    folder = save_family(tmp_path / "m", family)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[tensor]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"tensor {re.escape(tensor)} is missing"):
+        load_decoder(folder, ReferenceBackend())
+
+
+def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "m", "qwen2")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no place in this model: .*q_norm\.weight"):
+        load_decoder(folder, ReferenceBackend())
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_attention_that_triton_lacks_is_refused_at_load(tmp_path: Path, family: str) -> None:
+    folder = save_family(tmp_path / "m", family)
+    with pytest.raises(BackendUnavailable, match="window of 8; the triton backend"):
+        load_decoder(folder, load_backend("triton"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3 moe", "bert", "opt 350m"])
+def test_what_can_only_be_quantized_is_refused_by_name(tmp_path: Path, family: str) -> None:
+    folder = save_family(tmp_path / "m", family)
+    with pytest.raises(CheckpointError, match=r"^config\.json: .*; supported (is|are) "):
+        load_decoder(folder, ReferenceBackend())

@@ -106,6 +106,30 @@ def _phi3() -> PretrainedConfig:
     return Phi3Config(**LLAMA_LIKE, sliding_window=None)
 
 
+def _llama3() -> PretrainedConfig:
+    frequencies = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, **frequencies}
+    return LlamaConfig(
+        **LLAMA_LIKE, rope_parameters={**rope, "original_max_position_embeddings": 64}
+    )
+
+
+def _llama_with_yarn() -> PretrainedConfig:
+    rope = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}
+    return LlamaConfig(
+        **LLAMA_LIKE, rope_parameters={**rope, "original_max_position_embeddings": 64}
+    )
+
+
+def _phi3_with_longrope() -> PretrainedConfig:
+    """Half of the features of a head rotate."""
+    factors = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 4.0, 7.0, 20.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.5, **factors}
+    return Phi3Config(
+        **LLAMA_LIKE, original_max_position_embeddings=50, rope_parameters=rope, sliding_window=None
+    )
+
+
 def _qwen2() -> PretrainedConfig:
     return Qwen2Config(**LLAMA_LIKE)
 
@@ -143,9 +167,16 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen2 moe": _qwen2_moe,
-    "qwen2 with windows": _qwen2_with_windows,
     "qwen3": _qwen3,
     "qwen3 moe": _qwen3_moe,
+}
+
+
+VARIANTS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama 3": _llama3,
+    "llama with yarn": _llama_with_yarn,
+    "phi3 with longrope": _phi3_with_longrope,
+    "qwen2 with windows": _qwen2_with_windows,
 }
 
 
@@ -153,7 +184,7 @@ def build_family(name: str, seed: int = 0) -> Any:
     """A random transformers model in fp32; its biases and norms are random too."""
     torch.manual_seed(seed)
     factory: Any = AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
-    model = factory.from_config(FAMILIES[name](), dtype=torch.float32).eval()
+    model = factory.from_config({**FAMILIES, **VARIANTS}[name](), dtype=torch.float32).eval()
     model.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim == 1:  # or the value a model starts with would hide a tensor mixed up
