@@ -1,7 +1,8 @@
 """Logits in, a result per sequence out. A draw depends on its own row alone, not on the batch.
 
 R rows of a step want a token, V is the size of the vocabulary. The order of what happens to a row
-stands in `SamplingParams`.
+stands in `SamplingParams`. All of it happens where the logits are; one small tensor of a few
+numbers per row is copied to the host.
 """
 
 from __future__ import annotations
@@ -15,34 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import SamplingParams, TokenLogprob
+from .adjustments import Row, adjust
 from .sequence import SampledToken, Sequence, SequenceResult
+from .upload import upload
 
 _NUM_CANDIDATES = (256, 4096)  # looked at first; few distributions reach further
 _BLOCK = 512  # weights that a draw takes together at first
 _MIN_TEMPERATURE = 1e-6  # below, float32 knows no quotient but zero and infinity
-_NEVER = float("-inf")
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One row of logits: what follows a sequence and the first of its draft tokens."""
-
-    sequence: Sequence
-    num_drafts: int
-    allowed: bytes | None  # see TokenConstraint; None: all tokens
-
-    @property
-    def position(self) -> int:
-        """How many tokens of the completion come before the one to be chosen."""
-        return self.sequence.num_completion_tokens + self.num_drafts
-
-    @property
-    def may_stop(self) -> bool:
-        return self.position >= self.sequence.params.min_tokens
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.sequence.token_ids + self.sequence.draft_token_ids[: self.num_drafts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +54,7 @@ class Sampler:
         """
         masks = allowed or [()] * len(sequences)
         rows = [
-            _Row(sequence, j, mask[j] if j < len(mask) else None)
+            Row(sequence, j, mask[j] if j < len(mask) else None)
             for sequence, mask in zip(sequences, masks, strict=True)
             for j in range(1 + len(sequence.draft_token_ids))
         ]
@@ -97,170 +77,149 @@ def _verify(
     return SequenceResult(tuple(tokens))
 
 
-def _sample(logits: Tensor, rows: SequenceOf[_Row]) -> list[SampledToken | _NotFinite]:
-    adjusted = _adjust(logits, rows)
+def _sample(logits: Tensor, rows: SequenceOf[Row]) -> list[SampledToken | _NotFinite]:
+    adjusted = adjust(logits, rows)
     best = adjusted.max(dim=-1)
     normalizers = logits.logsumexp(dim=-1)
-    tokens = best.indices.clone()
     finite = best.values.isfinite() & normalizers.isfinite()
-    random = [i for i, row in enumerate(rows) if row.sequence.params.temperature > 0]
-    if random:
-        index = torch.tensor(random, device=logits.device)
-        shifted = adjusted[index] - best.values[index, None]
-        tokens[index] = _draw(shifted, [rows[i] for i in random])
-    chosen = logits.gather(1, tokens[:, None])
-    logprobs = chosen[:, 0] - normalizers
-    top = top_logprobs(logits, normalizers, [row.sequence.params.top_logprobs for row in rows])
-    columns = (tokens.tolist(), logprobs.tolist(), top, _ranks(logits, chosen))
+    draws = _Draws(adjusted, best.values, best.indices, rows)
+    numbers = [row.params.top_logprobs for row in rows]
+    for num_candidates in (*_NUM_CANDIDATES, logits.shape[1]):
+        reached = draws.draw(num_candidates)
+        # Where nothing must be waited for, what is not settled need not be described.
+        if logits.device.type == "cpu" and not draws.settle(reached.tolist()):
+            continue
+        described = _describe(logits, normalizers, draws.tokens, max(numbers))
+        *columns, is_finite, is_reached = _download(described, finite, reached)
+        if draws.settle(is_reached):
+            break
+    tokens = _sampled_tokens(columns, numbers)
     return [
-        SampledToken(*values) if is_finite else _not_finite(row)
-        for *values, is_finite, row in zip(*columns, finite.tolist(), rows, strict=True)
+        token if each else _not_finite(row)
+        for token, each, row in zip(tokens, is_finite, rows, strict=True)
     ]
 
 
-def _ranks(logits: Tensor, chosen: Tensor) -> list[int]:
-    """1 + how many logits [R, V] are larger than the chosen one [R, 1], for each row."""
-    ranks: list[int] = ((logits > chosen).sum(dim=-1, dtype=torch.int32) + 1).tolist()
-    return ranks
+def _describe(logits: Tensor, normalizers: Tensor, tokens: Tensor, most: int) -> Tensor:
+    """Of each row its token, that token's logprob and rank (1 + the number of likelier tokens),
+    then the `most` likeliest tokens and their logprobs: [R, 3 + 2 most] float64.
 
-
-def top_logprobs(
-    logits: Tensor, normalizers: Tensor, numbers: SequenceOf[int]
-) -> list[tuple[tuple[int, float], ...]]:
-    """The likeliest candidates of each row, as many as `numbers` says: (token id, logprob).
-
-    logits [R, V], normalizers [R]: the logarithm of the sum of their exponentials.
+    logits [R, V], normalizers [R]: the logarithm of the sum of their exponentials, tokens [R].
     """
-    most = min(max(numbers, default=0), logits.shape[1])
-    if most == 0:
-        return [()] * len(numbers)
-    values, token_ids = logits.topk(most)
-    values = values - normalizers[:, None]
-    pairs = zip(token_ids.tolist(), values.tolist(), numbers, strict=True)
-    return [tuple(zip(ids[:n], logprobs[:n], strict=True)) for ids, logprobs, n in pairs]
+    chosen = logits.gather(1, tokens[:, None])
+    ranks = (logits > chosen).sum(dim=-1, dtype=torch.int32) + 1
+    columns = [tokens, chosen[:, 0] - normalizers, ranks]
+    candidates = logits.topk(min(most, logits.shape[1])) if most else None
+    if candidates is not None:
+        columns += candidates.indices.unbind(1)
+        columns += (candidates.values - normalizers[:, None]).unbind(1)
+    return torch.stack([column.to(torch.float64) for column in columns], dim=1)
+
+
+def _download(*tensors: Tensor) -> list[list[float]]:
+    """Their columns, all in one copy: [R] or [R, n] each."""
+    parts = [(each if each.dim() == 2 else each[:, None]).to(torch.float64) for each in tensors]
+    columns: list[list[float]] = torch.cat(parts, dim=1).t().tolist()
+    return columns
+
+
+def _sampled_tokens(columns: list[list[float]], numbers: SequenceOf[int]) -> list[SampledToken]:
+    """What `_describe` tells of each row, with as many candidates as `numbers` says."""
+    token_ids, logprobs, ranks, *candidates = columns
+    most = len(candidates) // 2
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(numbers)
+    if most:
+        top_ids, top_logprobs = (
+            list(zip(*part, strict=True)) for part in (candidates[:most], candidates[most:])
+        )
+        tops = [
+            tuple(zip(map(int, ids[:n]), values[:n], strict=True))
+            for ids, values, n in zip(top_ids, top_logprobs, numbers, strict=True)
+        ]
+    return [
+        SampledToken(int(token_id), logprob, top, int(rank))
+        for token_id, logprob, top, rank in zip(token_ids, logprobs, tops, ranks, strict=True)
+    ]
 
 
 def prompt_logprobs(logits: Tensor, token_ids: list[int], number: int) -> list[TokenLogprob]:
     """How likely each token was, with candidates: logits [R, V] are those before each of them."""
-    normalizers = logits.logsumexp(dim=-1)
-    chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
-    logprobs = (chosen[:, 0] - normalizers).tolist()
-    top = top_logprobs(logits, normalizers, [number] * len(token_ids))
-    rows = zip(token_ids, logprobs, top, _ranks(logits, chosen), strict=True)
+    tokens = upload(token_ids, torch.int64, logits.device)
+    columns = _download(_describe(logits, logits.logsumexp(dim=-1), tokens, number))
     return [
-        TokenLogprob(token_id=token_id, logprob=logprob, top=best, rank=rank)
-        for token_id, logprob, best, rank in rows
+        TokenLogprob(token_id=t.token_id, logprob=t.logprob, top=t.top_logprobs, rank=t.rank)
+        for t in _sampled_tokens(columns, [number] * len(token_ids))
     ]
 
 
-def _not_finite(row: _Row) -> _NotFinite:
-    if row.allowed is not None or row.sequence.params.allowed_token_ids:
+def _not_finite(row: Row) -> _NotFinite:
+    if row.allowed is not None or row.params.allowed_token_ids:
         return _NotFinite("no token that is allowed has a finite logit")
     return _NotFinite("the model's logits are not finite numbers")
-
-
-# Penalties, biases and bans
-
-
-def _adjust(logits: Tensor, rows: SequenceOf[_Row]) -> Tensor:
-    """The logits to choose by: `logits` itself where no row asks for a change, else a copy."""
-    changed = [(i, row) for i, row in enumerate(rows) if _changes(row)]
-    if not changed:
-        return logits
-    adjusted = logits.clone()
-    for i, row in changed:
-        _penalize(adjusted[i], row)
-        _ban(adjusted[i], row)
-    return adjusted
-
-
-def _changes(row: _Row) -> bool:
-    params = row.sequence.params
-    return bool(
-        params.repetition_penalty != 1
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.logit_bias
-        or params.allowed_token_ids
-        or row.allowed is not None
-        or not row.may_stop
-    )
-
-
-def _penalize(logits: Tensor, row: _Row) -> None:
-    """logits [V], changed in place."""
-    sequence, params = row.sequence, row.sequence.params
-    known = row.token_ids
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(known, device=logits.device).unique()
-        values = logits[seen]
-        penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if params.presence_penalty or params.frequency_penalty:
-        completion = torch.tensor(
-            known[sequence.num_prompt_tokens :], dtype=torch.int64, device=logits.device
-        )
-        seen, counts = completion.unique(return_counts=True)
-        logits[seen] -= params.frequency_penalty * counts + params.presence_penalty
-    if params.logit_bias:
-        token_ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[token_ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-
-
-def _ban(logits: Tensor, row: _Row) -> None:
-    """logits [V], changed in place."""
-    params = row.sequence.params
-    if params.allowed_token_ids:
-        kept = torch.tensor(params.allowed_token_ids, device=logits.device)
-        values = logits[kept]
-        logits.fill_(_NEVER)
-        logits[kept] = values
-    if row.allowed is not None:
-        logits.masked_fill_(~unpack_bits(row.allowed, len(logits)).to(logits.device), _NEVER)
-    if not row.may_stop:
-        stops = torch.tensor(sorted(row.sequence.stop_token_ids), dtype=torch.int64)
-        stops = stops[stops < len(logits)].to(logits.device)
-        values = logits[stops]
-        logits[stops] = _NEVER
-        if row.allowed is not None and not bool((logits > _NEVER).any()):
-            logits[stops] = values  # the prescribed form is complete: it cannot go on
-
-
-def unpack_bits(bits: bytes, number: int) -> Tensor:
-    """The first bits as a mask [number] bool, the lowest of a byte first; missing ones are 0."""
-    packed = torch.frombuffer(bytearray(bits), dtype=torch.uint8)
-    mask = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    mask = mask.flatten()[:number].to(torch.bool)
-    return F.pad(mask, (0, number - len(mask)))
 
 
 # Draws. All that follows computes each row by itself, in an order that the row alone decides, so
 # that the last bit of a sum, and with it a draw, does not change with the batch.
 
 
-def _draw(shifted: Tensor, rows: list[_Row]) -> Tensor:
-    """Token ids [R] drawn from logits [R, V] whose best is 0."""
-    params = [row.sequence.params for row in rows]
-    temperatures = _column([max(each.temperature, _MIN_TEMPERATURE) for each in params], shifted)
-    probabilities = torch.softmax(shifted / temperatures, dim=-1)
-    uniforms = torch.tensor(
-        [_uniform(row.sequence.seed, row.position) for row in rows],
-        dtype=torch.float64,
-        device=shifted.device,
-    )
-    tokens = torch.empty(len(rows), dtype=torch.int64, device=shifted.device)
-    whole = [i for i, each in enumerate(params) if not _cuts(each)]
-    cut = [i for i, each in enumerate(params) if _cuts(each)]
-    if whole:
-        tokens[whole] = _invert(probabilities[whole], uniforms[whole])
-    for num_candidates in (*_NUM_CANDIDATES, shifted.shape[1]):
-        if cut:
-            chosen, reached = _draw_cut(
-                probabilities[cut], [params[i] for i in cut], uniforms[cut], num_candidates
-            )
-            tokens[cut] = chosen
-            cut = [i for i, far_enough in zip(cut, reached, strict=True) if not far_enough]
-    return tokens
+class _Draws:
+    """The tokens of a step: the best of rows without randomness, draws of the others."""
+
+    def __init__(
+        self, adjusted: Tensor, best_values: Tensor, best_tokens: Tensor, rows: SequenceOf[Row]
+    ) -> None:
+        """adjusted [R, V], the best of each row and its token [R]."""
+        self.tokens = best_tokens
+        self._device = adjusted.device
+        random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+        self._cut = [i for i in random if _cuts(rows[i].params)]  # not settled yet
+        self._place = {row: place for place, row in enumerate(random)}
+        self._rows = rows
+        if not random:
+            return
+        self.tokens = best_tokens.clone()
+        index = self._index(random)
+        shifted = adjusted[index] - best_values[index, None]
+        drawn = [rows[i] for i in random]
+        temperatures = [max(row.params.temperature, _MIN_TEMPERATURE) for row in drawn]
+        scaled = shifted / upload(temperatures, torch.float32, self._device)[:, None]
+        self._probabilities = torch.softmax(scaled, dim=-1)
+        uniforms = [_uniform(row.sequence.seed, row.position) for row in drawn]
+        self._uniforms = upload(uniforms, torch.float64, self._device)
+        whole = [i for i in random if not _cuts(rows[i].params)]
+        if whole:
+            self._put(whole, _invert(*self._weights(whole)))
+
+    def draw(self, num_candidates: int) -> Tensor:
+        """Choose among the likeliest tokens for rows with cuts that are not settled yet.
+
+        Says of each row [R] bool whether it is settled: top-k, top-p and min-p keep no more.
+        """
+        reached = torch.ones(len(self.tokens), dtype=torch.bool, device=self._device)
+        if self._cut:
+            params = [self._rows[i].params for i in self._cut]
+            chosen, settled = _draw_cut(*self._weights(self._cut), params, num_candidates)
+            self._put(self._cut, chosen)
+            reached[self._index(self._cut)] = settled
+        return reached
+
+    def settle(self, reached: SequenceOf[float]) -> bool:
+        """Note what `draw` has said; whether all rows are settled."""
+        self._cut = [i for i in self._cut if not reached[i]]
+        return not self._cut
+
+    def _weights(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """(probabilities [r, V], uniforms [r]) of some random rows."""
+        if len(rows) == len(self._place):
+            return self._probabilities, self._uniforms
+        index = self._index([self._place[i] for i in rows])
+        return self._probabilities[index], self._uniforms[index]
+
+    def _put(self, rows: list[int], tokens: Tensor) -> None:
+        self.tokens.index_copy_(0, self._index(rows), tokens)
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return upload(rows, torch.int64, self._device)
 
 
 def _cuts(params: SamplingParams) -> bool:
@@ -268,15 +227,14 @@ def _cuts(params: SamplingParams) -> bool:
 
 
 def _draw_cut(
-    probabilities: Tensor, params: list[SamplingParams], uniforms: Tensor, num_candidates: int
-) -> tuple[Tensor, list[bool]]:
-    """(token ids [R], whether top-k, top-p and min-p keep no more than the candidates)."""
+    probabilities: Tensor, uniforms: Tensor, params: list[SamplingParams], num_candidates: int
+) -> tuple[Tensor, Tensor]:
+    """(token ids [R], whether top-k, top-p and min-p keep no more than the candidates [R])."""
     vocab_size = probabilities.shape[1]
     candidates = probabilities.topk(min(num_candidates, vocab_size))
     kept = candidates.values.to(torch.float64)  # [R, candidates], likeliest first
-    top_k = _column([float(each.top_k or vocab_size) for each in params], kept)
-    top_p = _column([each.top_p for each in params], kept)
-    min_p = _column([each.min_p for each in params], kept)
+    limits = [(each.top_k or vocab_size, each.top_p, each.min_p) for each in params]
+    top_k, top_p, min_p = upload(limits, torch.float64, kept.device).split(1, dim=1)
     # Without top-k the mass is that of the whole vocabulary, which is 1.
     in_top_k = torch.arange(kept.shape[1], device=kept.device) < top_k
     kept = kept * in_top_k
@@ -289,7 +247,7 @@ def _draw_cut(
     no_top_k = top_k[:, 0] >= vocab_size
     reached = (top_k[:, 0] <= kept.shape[1]) | (no_top_k & (kept[:, -1] == 0)) | whole
     chosen = _invert(kept, uniforms)
-    return candidates.indices.gather(1, chosen[:, None])[:, 0], reached.tolist()
+    return candidates.indices.gather(1, chosen[:, None])[:, 0], reached
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -316,10 +274,6 @@ def _search(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     # Rounding may put the target a little outside.
     rest = ((targets - before) / width).clamp_(0, 1 - 2**-53)
     return index[:, 0], rest[:, 0]
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
 def _uniform(seed: int, position: int) -> float:
