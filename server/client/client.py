@@ -545,6 +545,7 @@ def _channel_options(tls: Tls | None, max_attempts: int) -> list[tuple[str, int 
         # Finds out that a server has vanished while a long call waits for its only reply.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),  # without it, a minute
         # A client often starts before its server; gRPC's own pause of up to two minutes is long.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 1_000),

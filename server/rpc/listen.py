@@ -31,6 +31,8 @@ def server_options(config: ServerConfig) -> list[tuple[str, int]]:
         # Finds clients that vanished without a word: their requests hold memory.
         ("grpc.keepalive_time_ms", _milliseconds(config.keepalive_seconds)),
         ("grpc.keepalive_timeout_ms", _milliseconds(config.keepalive_timeout_seconds)),
+        # Without it gRPC (1.85) waits for a minute whatever keepalive_timeout says.
+        ("grpc.http2.ping_timeout_ms", _milliseconds(config.keepalive_timeout_seconds)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.server_handshake_timeout_ms", _milliseconds(config.handshake_timeout_seconds)),
     ]

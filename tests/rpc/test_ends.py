@@ -273,13 +273,6 @@ async def test_a_port_in_use_is_one_clear_error(which: str, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
 
 
-async def test_no_other_process_can_share_the_port() -> None:
-    async with running(make_rig()) as rig:
-        with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
-            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            other.bind(("127.0.0.1", rig.server.port))
-
-
 async def test_a_host_that_is_not_this_machine_is_one_clear_error() -> None:
     with pytest.raises(CannotListen, match=r"cannot listen on 192\.0\.2\.1:0: Cannot assign"):
         async with running(make_rig(config=replace(CONFIG, host="192.0.2.1", allow_insecure=True))):

@@ -436,9 +436,3 @@ async def test_ipv6() -> None:
     rig = make_rig(config=replace(CONFIG, host="::1"))
     async with running(rig), AsyncClient(f"[::1]:{rig.server.port}") as client:
         assert (await client.generate("Hi")).text == "Hello, world!"
-
-
-async def test_gzip() -> None:
-    rig = make_rig(config=replace(CONFIG, compression="gzip"))
-    async with running(rig), AsyncClient(rig.address) as client:
-        assert (await client.generate("Hi")).text == "Hello, world!"
