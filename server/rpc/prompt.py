@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
+from typing import Final
 
 from ...proto import generation_pb2 as pb
 from ..types import InvalidRequest
 from .convert import chat_of
 from .deployment import Loaded
+
+# Of a text, before it takes so long to encode that a thread must do it. The way to a thread and
+# back takes as long as 500 characters do.
+_MAX_CHARACTERS_AT_ONCE: Final = 512
 
 
 async def encode_prompt(
@@ -27,12 +33,14 @@ async def encode_prompt(
     match kind:
         case "text":
             _check_characters("text", len(request.text), loaded)
-            token_ids = await asyncio.to_thread(
+            encode = partial(
                 tokenizer.encode,
                 request.text,
                 add_special_tokens=add_special_tokens,
                 parse_special_tokens=request.parse_special_tokens,
             )
+            is_short = len(request.text) <= _MAX_CHARACTERS_AT_ONCE
+            token_ids = encode() if is_short else await asyncio.to_thread(encode)
         case "token_ids":
             assert isinstance(request, pb.GenerateRequest)
             token_ids = check_token_ids("token_ids", request.token_ids.ids, loaded)

@@ -227,9 +227,9 @@ async def test_encoding_is_bounded_like_every_request() -> None:
             return super().encode(text, **options)
 
     engine = EngineConfig(max_num_seqs=1, max_queued_requests=1)
-    rig = make_rig(config=replace(CONFIG, engine=engine), tokenizer=SlowCodec())
+    rig = make_rig(config=replace(CONFIG, engine=engine), tokenizer=SlowCodec(), max_model_len=2000)
     async with running(rig), AsyncClient(rig.address, max_attempts=1) as client:
-        calls = [asyncio.create_task(client.tokenize("Hi")) for _ in range(3)]
+        calls = [asyncio.create_task(client.tokenize("x" * 1000)) for _ in range(3)]
         await asyncio.wait(calls)
         failures = [call.exception() for call in calls if call.exception() is not None]
         (refused,) = failures
