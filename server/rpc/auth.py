@@ -11,10 +11,11 @@ import grpc.aio
 from .control import SERVICE_NAME as CONTROL_NAME
 from .convert import new_request_id
 from .errors import PermissionDenied, Unauthenticated, abort, describe
+from .health import SERVICE_NAME as HEALTH_NAME
 from .tenants import KeyRing
 from .vllm_engine import ABORT_METHOD
 
-HEALTH_PREFIX: Final = "/grpc.health.v1.Health/"
+_HEALTH_PREFIX: Final = f"/{HEALTH_NAME}/"
 _CONTROL_PREFIXES: Final = (f"/{CONTROL_NAME}/", ABORT_METHOD)
 
 
@@ -33,7 +34,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         method = handler_call_details.method
-        if method.startswith(HEALTH_PREFIX) and not self._health_needs_key:
+        if method.startswith(_HEALTH_PREFIX) and not self._health_needs_key:
             return await continuation(handler_call_details)
         try:
             tenant = self._keys.tenant_of(handler_call_details.invocation_metadata)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import fields
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 from ...proto import generation_pb2 as pb
 from ..types import (
+    MAX_ALLOWED_TOKEN_IDS,
     MAX_REQUEST_ID_CHARACTERS,
     ChatMessage,
     ChatRole,
@@ -80,11 +81,25 @@ def sampling_params_of(sampling: pb.SamplingParams) -> SamplingParams:
     for field, value in sampling.ListFields():
         if field.name not in _SUPPORTED:
             raise UnsupportedField(f"sampling.{field.name} is set; this server does not support it")
+        if field.is_repeated:
+            check_length(field.name, value)
         if field.message_type is not None:
             given[field.name] = dict(value)  # the only messages in it are maps
         else:
             given[field.name] = tuple(value) if field.is_repeated else value
     return SamplingParams(**given)
+
+
+def check_length(field: str, values: Sized) -> None:
+    """Refuse what no list of SamplingParams may hold before it is copied: 4 MiB are two million.
+
+    Raises InvalidRequest.
+    """
+    if len(values) > MAX_ALLOWED_TOKEN_IDS:
+        raise InvalidRequest(
+            f"{field} holds {len(values)} values; no list may hold more than "
+            f"{MAX_ALLOWED_TOKEN_IDS}"
+        )
 
 
 def scheduling_params_of(request: pb.GenerateRequest, tenant: str = "") -> SchedulingParams:

@@ -59,8 +59,8 @@ class QuotaExceeded(TryLater):
         self.tenant = tenant
 
 
-class ModelNotFound(Exception):
-    """The request names a model that is not served."""
+class NotFound(Exception):
+    """The request names a model or a service that this server does not have."""
 
 
 class ClientStalled(Exception):
@@ -97,7 +97,7 @@ _TABLE: Final[dict[type[Exception], tuple[code_pb2.Code, str, RequestEnd]]] = {
     Draining: (code_pb2.UNAVAILABLE, "DRAINING", "draining"),
     Unauthenticated: (code_pb2.UNAUTHENTICATED, "UNAUTHENTICATED", "denied"),
     PermissionDenied: (code_pb2.PERMISSION_DENIED, "PERMISSION_DENIED", "denied"),
-    ModelNotFound: (code_pb2.NOT_FOUND, "MODEL_NOT_FOUND", "invalid"),
+    NotFound: (code_pb2.NOT_FOUND, "NOT_FOUND", "invalid"),
     DeadlineExceeded: (code_pb2.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "deadline"),
     ClientStalled: (code_pb2.ABORTED, "CLIENT_STALLED", "stalled"),
     EngineFailed: (code_pb2.INTERNAL, "ENGINE_FAILED", "error"),

@@ -18,7 +18,7 @@ from .deployment import Deployment
 from .prompt import check_token_ids, encode_prompt
 from .requests import RequestServer
 from .unary import unary_handler
-from .wire import parse
+from .wire import read
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -54,14 +54,14 @@ class GenerationServicer:
         async def collect(part: pb.GenerateResponse) -> None:
             parts.append(part)
 
-        read = partial(parse, data, pb.GenerateRequest)
-        await self._requests.serve(read, context, collect, streams=False)
+        request = partial(read, data, pb.GenerateRequest)
+        await self._requests.serve(request, context, collect, streams=False)
         (whole,) = parts
         return whole
 
     async def generate_stream(self, data: bytes, context: Context) -> None:
-        read = partial(parse, data, pb.GenerateRequest)
-        await self._requests.serve(read, context, context.write, streams=True)
+        request = partial(read, data, pb.GenerateRequest)
+        await self._requests.serve(request, context, context.write, streams=True)
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         loaded = self._deployment.loaded

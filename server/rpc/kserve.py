@@ -6,8 +6,7 @@ The tensors are those that Triton's LLM backends have: `text_input`, `stream`,
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Iterable
 from importlib.metadata import version
 from typing import Any, Final, NoReturn
 
@@ -17,18 +16,22 @@ from google.protobuf import json_format
 
 from ...proto import generation_pb2 as pb
 from ...proto import kserve_pb2 as ks
-from ..types import InvalidRequest
+from ..types import MAX_GRAMMAR_CHARACTERS, InvalidRequest
 from .deployment import Deployment, State
-from .errors import ModelNotFound, UnsupportedField
+from .errors import NotFound, UnsupportedField
 from .requests import RequestServer
 from .unary import unary_handler
-from .wire import parse
+from .wire import read
 
 SERVICE_NAME: Final = ks.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _VERSION: Final = "1"
 _INPUTS: Final = {"text_input": "BYTES", "stream": "BOOL", "sampling_parameters": "BYTES"}
 _OUTPUT: Final = "text_output"
+# A schema of the most characters that it may have, quoted, and the other options.
+_MAX_SAMPLING_CHARACTERS: Final = 2 * MAX_GRAMMAR_CHARACTERS
 _LENGTH_BYTES: Final = 4
+# Asks for a last response of its own, which may be empty: ours says that it is the last.
+_KNOWN_PARAMETERS: Final = frozenset({"triton_enable_empty_final_response"})
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -89,13 +92,13 @@ class InferenceServicer:
         async def collect(part: pb.GenerateResponse) -> None:
             answers.append(_response(part, self._deployment.loaded.model.name))
 
-        def read() -> pb.GenerateRequest:
-            request, streams = self._read(parse(data, ks.ModelInferRequest))
+        async def request() -> pb.GenerateRequest:
+            generate, streams = self._read(await read(data, ks.ModelInferRequest))
             if streams:
                 raise InvalidRequest("stream is true; ModelInfer gives one response")
-            return request
+            return generate
 
-        await self._requests.serve(read, context, collect, streams=False)
+        await self._requests.serve(request, context, collect, streams=False)
         (answer,) = answers
         return answer
 
@@ -113,14 +116,19 @@ class InferenceServicer:
             await context.write(ks.ModelStreamInferResponse(infer_response=response))
 
         request_id, streams = "", False
-        request: Callable[[], pb.GenerateRequest]
+        generate: pb.GenerateRequest | Exception
         try:
-            message = parse(data, ks.ModelInferRequest)
+            message = await read(data, ks.ModelInferRequest)
             request_id = message.id
             generate, streams = self._read(message)
-            request = partial(pb.GenerateRequest.FromString, generate.SerializeToString())
         except Exception as error:  # told like every failure, and counted, by `serve`
-            request = partial(_raise, error)
+            generate = error
+
+        async def request() -> pb.GenerateRequest:
+            if isinstance(generate, Exception):
+                raise generate
+            return generate
+
         call = _OneOfMany(context)
         try:
             await self._requests.serve(request, call, send, streams=streams)  # type: ignore[arg-type]
@@ -135,7 +143,10 @@ class InferenceServicer:
     def _read(self, request: ks.ModelInferRequest) -> tuple[pb.GenerateRequest, bool]:
         """The same request in our words, and whether it wants parts. Raises what refuses it."""
         self._require(request.model_name, request.model_version)
+        _check_parameters("parameters", request.parameters)
+        _check_number("outputs", len(request.outputs), 1)
         for output in request.outputs:
+            _check_parameters("outputs[0].parameters", output.parameters)
             if output.name != _OUTPUT:
                 raise InvalidRequest(f"outputs holds {output.name!r}; the only one is {_OUTPUT}")
         values = _inputs(request)
@@ -155,7 +166,7 @@ class InferenceServicer:
 
     def _require(self, name: str, model_version: str) -> None:
         if not self._has(name, model_version):
-            raise ModelNotFound(
+            raise NotFound(
                 f"model {name!r}, version {model_version!r} is not served; "
                 f"{self._deployment.loaded.model.name!r}, version {_VERSION!r} is"
             )
@@ -189,24 +200,24 @@ class _OneOfMany:
             callback(self)
 
 
-def _raise(error: Exception) -> NoReturn:
-    raise error
-
-
 def _inputs(request: ks.ModelInferRequest) -> dict[str, bytes]:
     """The one element of each input."""
     raw = request.raw_input_contents
+    _check_number("inputs", len(request.inputs), len(_INPUTS))
     if raw and len(raw) != len(request.inputs):
         raise InvalidRequest(
             f"raw_input_contents holds {len(raw)} values; there are {len(request.inputs)} inputs"
         )
     values: dict[str, bytes] = {}
     for i, tensor in enumerate(request.inputs):
+        _check_parameters(f"inputs[{i}].parameters", tensor.parameters)
         kind = _INPUTS.get(tensor.name)
         if kind is None:
             raise InvalidRequest(f"inputs holds {tensor.name!r}; known are {', '.join(_INPUTS)}")
         if tensor.datatype != kind:
             raise InvalidRequest(f"{tensor.name} is of type {tensor.datatype}; it must be {kind}")
+        if tensor.name in values:
+            raise InvalidRequest(f"inputs holds {tensor.name} twice")
         values[tensor.name] = _raw(tensor.name, kind, raw[i]) if raw else _listed(tensor)
     return values
 
@@ -222,13 +233,23 @@ def _raw(name: str, kind: str, value: bytes) -> bytes:
 
 
 def _listed(tensor: ks.ModelInferRequest.InferInputTensor) -> bytes:
-    listed = [
-        *tensor.contents.bytes_contents,
-        *(bytes([each]) for each in tensor.contents.bool_contents),
-    ]
-    if len(listed) != 1:
-        raise InvalidRequest(f"{tensor.name} holds {len(listed)} elements; it must hold one")
-    return listed[0]
+    texts, flags = tensor.contents.bytes_contents, tensor.contents.bool_contents
+    if len(texts) + len(flags) != 1:
+        raise InvalidRequest(
+            f"{tensor.name} holds {len(texts) + len(flags)} elements; it must hold one"
+        )
+    return texts[0] if texts else bytes([flags[0]])
+
+
+def _check_parameters(field: str, parameters: Iterable[str]) -> None:
+    for name in parameters:
+        if name not in _KNOWN_PARAMETERS:
+            raise UnsupportedField(f"{field}[{name!r}] is set; this server does not support it")
+
+
+def _check_number(field: str, number: int, most: int) -> None:
+    if number > most:
+        raise InvalidRequest(f"{field} holds {number} tensors; it may hold at most {most}")
 
 
 def _text(values: dict[str, bytes], name: str) -> str:
@@ -239,9 +260,14 @@ def _text(values: dict[str, bytes], name: str) -> str:
 
 
 def _sampling(text: str) -> pb.SamplingParams:
+    if len(text) > _MAX_SAMPLING_CHARACTERS:
+        raise InvalidRequest(
+            f"sampling_parameters has {len(text)} characters; "
+            f"it may have at most {_MAX_SAMPLING_CHARACTERS}"
+        )
     try:
         return json_format.Parse(text, pb.SamplingParams())
-    except json_format.ParseError as error:
+    except (json_format.ParseError, RecursionError) as error:
         raise InvalidRequest(f"sampling_parameters is not understood: {error}") from None
 
 

@@ -6,13 +6,20 @@ answers both, and the description of v1 is made from that of v1alpha.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Final
 
 import grpc
 import grpc.aio
 from google.protobuf import descriptor_pb2, descriptor_pool, text_format
 from grpc_reflection.v1alpha import reflection, reflection_pb2  # type: ignore[import-untyped]
+
+from ..types import InvalidRequest
+from .convert import new_request_id
+from .errors import abort, describe
+from .wire import decode
+
+Context = grpc.aio.ServicerContext[Any, Any]
 
 V1ALPHA_NAME: Final[str] = reflection.SERVICE_NAME
 V1_NAME: Final = "grpc.reflection.v1.ServerReflection"
@@ -22,14 +29,28 @@ def add_reflection(server: grpc.aio.Server, service_names: Iterable[str]) -> Non
     """Describe these services, and reflection itself."""
     names = (*service_names, V1_NAME, V1ALPHA_NAME)
     servicer = reflection.aio.ReflectionServicer(names, pool=_describe_v1())
-    method = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+
+    async def info(messages: AsyncIterator[bytes], context: Context) -> None:
+        try:
+            async for response in servicer.ServerReflectionInfo(_decode_all(messages), context):
+                await context.write(response)
+        except InvalidRequest as error:
+            await abort(context, describe(error, new_request_id()))
+
+    method: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
+        info,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
     for name in (V1_NAME, V1ALPHA_NAME):
         handlers = {"ServerReflectionInfo": method}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+
+
+async def _decode_all(
+    messages: AsyncIterator[bytes],
+) -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+    async for data in messages:
+        yield decode(data, reflection_pb2.ServerReflectionRequest)
 
 
 def _describe_v1() -> descriptor_pool.DescriptorPool:

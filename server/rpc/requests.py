@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ class RequestServer:
 
     async def serve(
         self,
-        read: Callable[[], pb.GenerateRequest],
+        read: Callable[[], Awaitable[pb.GenerateRequest]],
         context: Context,
         send: Send,
         *,
@@ -99,7 +99,7 @@ class RequestServer:
         generation: _Generation | None = None
         try:
             self._calls.enter(context)
-            message = read()
+            message = await read()
             request_id = request_id_of(message) or request_id
             caller = self._admission.caller_of(context)
             with self._admission.request(caller):
@@ -235,7 +235,7 @@ def _completion(
         tokenizer=loaded.tokenizer,
         observer=observer,
         end_sample=partial(loaded.engine.end_sample, request_id),
-        echo=message.echo,
+        echo=message.echo or params.prompt_logprobs is not None,
     )
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Final
 
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from ..config import ServerConfig, is_local
 from ..metrics import Metrics, MetricsServer, start_metrics_server
 from ..types import SamplingParams
-from . import control, generation, kserve, model, vllm_engine
+from . import control, generation, health, kserve, model, vllm_engine
 from .admission import Admission
 from .auth import KeyInterceptor
 from .calls import AbortOutcome, Calls
@@ -183,10 +182,9 @@ class GenerationServer:
         return server
 
     def _add_health(self, server: grpc.aio.Server, services: list[str]) -> None:
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        server.add_generic_rpc_handlers((self._health.handler(),))
         if self._config.reflection:
-            add_reflection(server, (*services, health_name))
+            add_reflection(server, (*services, health.SERVICE_NAME))
 
     def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         if self._keys is None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from typing import Final
 
 from ...proto import generation_pb2 as pb
 from ..types import EngineFailed, TokenOutput
-from .completion import Completion
+from .completion import Completion, Part
 from .errors import ClientStalled
+
+# Of tokens and candidates, before they take so long that a thread must do it: about 5 ms.
+_MAX_ENTRIES_AT_ONCE: Final = 4096
 
 Send = Callable[[pb.GenerateResponse], Awaitable[None]]
 
@@ -96,11 +100,18 @@ class PartStream:
             return
         part = completion.take()
         self._has_room.set()
+        message = await _build(part)
         try:
             async with asyncio.timeout(self._stall_seconds):
-                await self._send(part)
+                await self._send(message)
         except TimeoutError:
             raise ClientStalled(
                 f"the caller read nothing for {self._stall_seconds:g} seconds"
             ) from None
         self.has_sent = True
+
+
+async def _build(part: Part) -> pb.GenerateResponse:
+    if part.num_entries <= _MAX_ENTRIES_AT_ONCE:
+        return part.build()
+    return await asyncio.to_thread(part.build)

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from .convert import new_request_id
 from .errors import abort, describe
-from .wire import Request, parse
+from .wire import Request, read
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -20,6 +20,7 @@ def unary_handler(
     kind: type[Request],
     method: Callable[[Request], Awaitable[Message]],
     admit: Callable[[Context], None] | None = None,
+    read: Callable[[bytes, type[Request]], Awaitable[Request]] = read,
 ) -> grpc.RpcMethodHandler[Any, Any]:
     """Parse the bytes of a call, answer it, or end it with the status of what is raised.
 
@@ -30,7 +31,7 @@ def unary_handler(
         try:
             if admit is not None:
                 admit(context)
-            return await method(parse(data, kind))
+            return await method(await read(data, kind))
         except Exception as error:
             await abort(context, describe(error, new_request_id()))
 

@@ -11,6 +11,8 @@ import hashlib
 import io
 import time
 import zipfile
+from collections.abc import Sized
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -21,17 +23,19 @@ from smg_grpc_proto import vllm_engine_pb2 as vllm  # type: ignore[import-untype
 from smg_grpc_proto.generated import common_pb2 as common  # type: ignore[import-untyped]
 
 from ...proto import generation_pb2 as pb
+from ..types import InvalidRequest
 from .calls import Calls
-from .convert import new_request_id
+from .convert import check_length, new_request_id
 from .deployment import Deployment, State
 from .errors import UnsupportedField, abort, describe
 from .requests import RequestServer
 from .unary import unary_handler
-from .wire import parse
+from .wire import read
 
 SERVICE_NAME: Final[str] = vllm.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 ABORT_METHOD: Final = f"/{SERVICE_NAME}/Abort"
 _CHUNK_BYTES: Final = 1 << 20
+_MAX_TOKENS_AT_ONCE: Final = 1024
 _TOKENIZER_FILES: Final = (
     "config.json",
     "generation_config.json",
@@ -97,16 +101,18 @@ class VllmEngineServicer:
         message: Any = None
         answer = _Answer(self._eos_token_ids)
 
-        def read() -> pb.GenerateRequest:
+        async def request() -> pb.GenerateRequest:
             nonlocal message
-            message = parse(data, vllm.GenerateRequest)
+            message = await read(data, vllm.GenerateRequest)
             return _request(message)
 
         async def send(part: pb.GenerateResponse) -> None:
-            for response in answer.take(part, streams=message.stream):
+            take = partial(answer.take, part, streams=message.stream)
+            responses = await asyncio.to_thread(take) if answer.is_long(part) else take()
+            for response in responses:
                 await context.write(response)
 
-        await self._requests.serve(read, context, send, streams=True)
+        await self._requests.serve(request, context, send, streams=True)
 
     async def health_check(self, _: Any) -> Any:
         state = self._deployment.state
@@ -179,7 +185,7 @@ def _zip(folder: Path) -> bytes:
 
 
 def _request(message: Any) -> pb.GenerateRequest:
-    """The same in our words. Raises UnsupportedField."""
+    """The same in our words. Raises InvalidRequest or UnsupportedField."""
     for field, _ in message.ListFields():
         if field.name in _UNSUPPORTED:
             raise UnsupportedField(f"{field.name} is set; this server does not support it")
@@ -195,24 +201,31 @@ def _request(message: Any) -> pb.GenerateRequest:
 
 
 def _copy_sampling(params: Any, request: pb.GenerateRequest) -> None:
-    sampling = request.sampling
     for field, value in params.ListFields():
-        name = _RENAMED.get(field.name, field.name)
-        if name == "truncate_prompt_tokens":
-            request.truncate_prompt_tokens = value
-        elif name == "json_object":
-            sampling.json_schema = '{"type": "object"}'
-        elif name == "choice":
-            sampling.choice.extend(value.choices)
-        elif name == "logit_bias":
-            for token_id, bias in value.items():
-                sampling.logit_bias[token_id] = bias
-        elif name in ("stop", "stop_token_ids"):
-            getattr(sampling, name).extend(value)
-        elif name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
-            setattr(sampling, name, value)
-        elif name not in _TEXT_OPTIONS:
-            raise UnsupportedField(f"{field.name} is set; this server does not support it")
+        try:
+            _copy_option(_RENAMED.get(field.name, field.name), value, request)
+        except ValueError as error:  # their type of number is another one
+            raise InvalidRequest(f"{field.name} is out of range: {error}") from None
+
+
+def _copy_option(name: str, value: Any, request: pb.GenerateRequest) -> None:
+    sampling = request.sampling
+    if name == "choice":
+        value = value.choices
+    if isinstance(value, Sized) and not isinstance(value, str):
+        check_length(name, value)
+    if name == "truncate_prompt_tokens":
+        request.truncate_prompt_tokens = value
+    elif name == "json_object":
+        sampling.json_schema = '{"type": "object"}'
+    elif name == "logit_bias":
+        sampling.logit_bias.update(value)
+    elif name in ("stop", "stop_token_ids", "choice"):
+        getattr(sampling, name).extend(value)
+    elif name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
+        setattr(sampling, name, value)
+    elif name not in _TEXT_OPTIONS:
+        raise UnsupportedField(f"{name} is set; this server does not support it")
 
 
 class _Answer:
@@ -220,11 +233,19 @@ class _Answer:
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos_token_ids = eos_token_ids
+        self._prompt: Any = None  # as vllm.InputLogProbs
         self._tokens: dict[int, list[pb.TokenInfo]] = {}
         self._ended: list[Any] = []
 
+    def is_long(self, part: pb.GenerateResponse) -> bool:
+        """Whether to take it takes so long that a thread must do it."""
+        num_tokens = sum(map(len, self._tokens.values())) + len(part.prompt.tokens)
+        return num_tokens + sum(len(each.tokens) for each in part.outputs) > _MAX_TOKENS_AT_ONCE
+
     def take(self, part: pb.GenerateResponse, *, streams: bool) -> list[Any]:
         chunks = []
+        if part.HasField("prompt"):
+            self._prompt = _prompt_logprobs(part.prompt.tokens)
         for output in part.outputs:
             tokens = self._tokens.setdefault(output.index, [])
             tokens.extend(output.tokens)
@@ -234,6 +255,7 @@ class _Answer:
                     completion_tokens=len(tokens),
                     index=output.index,
                     output_logprobs=_logprobs(output.tokens),
+                    input_logprobs=self._prompt if part.HasField("prompt") else None,
                 )
                 chunks.append(vllm.GenerateResponse(chunk=chunk))
             if output.finish_reason in _FINISH_REASONS:
@@ -253,6 +275,7 @@ class _Answer:
             completion_tokens=len(tokens),
             index=output.index,
             output_logprobs=_logprobs(tokens),
+            input_logprobs=self._prompt,
         )
         match output.WhichOneof("stop_match"):
             case "stop_string":
@@ -266,11 +289,22 @@ def _logprobs(tokens: Any) -> Any:
     return vllm.OutputLogProbs(
         token_logprobs=[token.logprob for token in tokens],
         token_ids=[token.id for token in tokens],
-        top_logprobs=[
-            vllm.TopLogProbs(
-                values=[each.logprob for each in token.top_logprobs],
-                token_ids=[each.id for each in token.top_logprobs],
-            )
-            for token in tokens
-        ],
+        top_logprobs=list(map(_candidates, tokens)),
+    )
+
+
+def _prompt_logprobs(tokens: Any) -> Any:
+    first, *others = tokens
+    values = (vllm.InputTokenLogProb(value=token.logprob) for token in others)
+    return vllm.InputLogProbs(
+        token_logprobs=[vllm.InputTokenLogProb(), *values],
+        token_ids=[first.id, *(token.id for token in others)],
+        top_logprobs=list(map(_candidates, tokens)),
+    )
+
+
+def _candidates(token: pb.TokenInfo) -> Any:
+    return vllm.TopLogProbs(
+        values=[each.logprob for each in token.top_logprobs],
+        token_ids=[each.id for each in token.top_logprobs],
     )

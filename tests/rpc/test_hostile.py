@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
-import socket
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +15,19 @@ import grpc
 import grpc.aio
 import pytest
 import trustme
-from google.protobuf.message import Message
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lowbit.proto import generation_pb2 as pb
 from lowbit.server.client import AsyncClient
 from lowbit.server.config import ServerConfig
+from lowbit.server.engine.scheduler import SchedulerOutput
+from lowbit.server.engine.sequence import SequenceResult
 from lowbit.server.rpc.tenants import hash_key, new_key
-from serving import RecitingRunner, Rig, make_rig, running
+from serving import PromptScoringRunner, RecitingRunner, make_rig, running
 
 CONFIG = ServerConfig(port=0, metrics_port=0)
 MAX_HEALTH_SECONDS = 0.1
+UNBOUNDED = (("grpc.max_receive_message_length", -1),)
 
 
 @asynccontextmanager
@@ -108,6 +106,122 @@ async def test_a_message_of_64_megabytes() -> None:
         assert caught.value.code() is StatusCode.RESOURCE_EXHAUSTED
 
 
+CROWD_BYTES = 1 << 20  # a quarter of what may come: so that a busy machine makes no test fail
+GENERATE = "lowbit.v1.GenerationService/Generate"
+
+
+def nested(number: int, content: bytes) -> bytes:
+    """A field of messages or texts with this content."""
+    length, varint = len(content), bytearray()
+    while length > 127:
+        varint.append(length & 127 | 128)
+        length >>= 7
+    return bytes([number << 3 | 2, *varint, length]) + content
+
+
+def fill(pattern: bytes) -> bytes:
+    return pattern * (CROWD_BYTES // len(pattern))
+
+
+BIASED = pb.GenerateRequest(
+    text="Hi", sampling=pb.SamplingParams(logit_bias=dict.fromkeys(range(65_000), 1.0))
+)
+CROWDED = {
+    "messages of a chat": (GENERATE, nested(4, fill(b"\x0a\x00"))),
+    "chats": (GENERATE, fill(b"\x22\x02\x0a\x00")),
+    "stop strings": (GENERATE, nested(2, b"Hi") + nested(5, fill(b"\x3a\x00"))),
+    "biases": (GENERATE, BIASED.SerializeToString()),
+    "allowed ids": (GENERATE, nested(2, b"Hi") + nested(5, nested(15, fill(b"\x01")))),
+    "token ids": (GENERATE, nested(3, nested(1, fill(b"\x01")))),
+    "text": (GENERATE, nested(2, fill(b"x"))),
+    "text that is none": (GENERATE, nested(2, fill(b"x") + b"\xff")),
+    "unknown fields": (GENERATE, nested(2, b"Hi") + fill(b"\x78\x01")),
+    "unknown fields further in": (GENERATE, nested(2, b"Hi") + nested(5, fill(b"\xf8\x7f\x01"))),
+    "request ids": ("lowbit.v1.ControlService/Abort", fill(b"\x0a\x00")),
+    "ids to decode": ("lowbit.v1.GenerationService/Detokenize", nested(1, fill(b"\x01"))),
+    "tensors": ("inference.GRPCInferenceService/ModelInfer", fill(b"\x2a\x00")),
+    "tensors with an unknown field": (
+        "inference.GRPCInferenceService/ModelInfer",
+        fill(b"\x2a\x00") + b"\x2a\x02\x78\x01",
+    ),
+    "elements": (
+        "inference.GRPCInferenceService/ModelInfer",
+        nested(5, nested(1, b"text_input") + nested(2, b"BYTES") + nested(5, fill(b"\x42\x00"))),
+    ),
+    "choices": (
+        "vllm.grpc.engine.VllmEngine/Generate",
+        nested(3, b"Hi") + nested(4, b"\xaa\x01" + nested(0, fill(b"\x0a\x00"))[1:]),
+    ),
+}
+
+
+REFUSED = {StatusCode.INVALID_ARGUMENT, StatusCode.UNIMPLEMENTED, StatusCode.NOT_FOUND}
+
+
+@pytest.mark.parametrize("name", CROWDED)
+async def test_a_message_that_holds_as_many_things_as_it_can(name: str) -> None:
+    method, data = CROWDED[name]
+    config = replace(CONFIG, kserve=True, vllm_engine=True)
+    async with (
+        running(make_rig(config=config)) as rig,
+        grpc.aio.insecure_channel(rig.address) as channel,
+        # The others' messages, off by default, hold more messages: protobuf takes its time.
+        quick_health(rig.address) if method.startswith("lowbit") else nullcontext(),
+    ):
+        for _ in range(3):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                if method.startswith("vllm"):
+                    await channel.unary_stream(f"/{method}")(data).read()
+                else:
+                    await channel.unary_unary(f"/{method}")(data)
+            assert caught.value.code() in REFUSED
+            await asyncio.sleep(0.01)
+
+
+async def test_a_long_prompt_that_is_echoed_with_all_candidates() -> None:
+    prompt, number = "x" * 6500, 20
+    request = pb.GenerateRequest(text=prompt, echo=True)
+    request.sampling.prompt_logprobs, request.sampling.max_tokens = number, 1
+    rig = make_rig(PromptScoringRunner(), num_blocks=512, max_model_len=8000)
+    async with (
+        running(rig),
+        grpc.aio.insecure_channel(rig.address, options=UNBOUNDED) as channel,
+    ):
+        for method in ("Generate", "GenerateStream"):
+            name = f"/lowbit.v1.GenerationService/{method}"
+            data = request.SerializeToString()
+            async with quick_health(rig.address):
+                if method == "Generate":
+                    reply = await channel.unary_unary(name)(data)
+                else:
+                    reply = await channel.unary_stream(name)(data).read()
+            echoed = pb.GenerateResponse.FromString(reply).prompt
+            assert echoed.text == prompt and len(echoed.tokens) == len(prompt)
+            assert {len(each.top_logprobs) for each in echoed.tokens[1:]} == {number}
+
+
+async def test_a_long_completion_with_all_candidates_in_one_reply() -> None:
+    class Runner(RecitingRunner):
+        def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
+            top = tuple((token_id, -1.0) for token_id in range(20))
+            return [
+                SequenceResult(tuple(replace(token, top_logprobs=top) for token in result.tokens))
+                for result in super().execute(output)
+            ]
+
+    request = pb.GenerateRequest(text="Hi")
+    request.sampling.max_tokens, request.sampling.top_logprobs = 6000, 20
+    rig = make_rig(Runner(endless=True), num_blocks=512, max_model_len=8000)
+    async with (
+        running(rig),
+        grpc.aio.insecure_channel(rig.address, options=UNBOUNDED) as channel,
+        quick_health(rig.address),
+    ):
+        name = "/lowbit.v1.GenerationService/Generate"
+        reply = await channel.unary_unary(name)(request.SerializeToString())
+        assert len(pb.GenerateResponse.FromString(reply).outputs[0].tokens) == 6000
+
+
 async def test_a_flood_without_keys(tmp_path: Path) -> None:
     path, key = tmp_path / "keys.toml", new_key()
     path.write_text(f'[tenants.a]\nkeys = ["{hash_key(key)}"]')
@@ -124,8 +238,8 @@ async def test_a_flood_without_keys(tmp_path: Path) -> None:
             return caught.value.code()
 
         async with quick_health(rig.address):
-            for _ in range(5):
-                knocks = asyncio.gather(*(knock() for _ in range(200)))
+            for _ in range(20):
+                knocks = asyncio.gather(*(knock() for _ in range(50)))
                 assert (await client.generate("Hi")).text == "Hello, world!"
                 assert set(await knocks) == {StatusCode.UNAUTHENTICATED}
 
@@ -198,121 +312,3 @@ async def test_cancelled_in_every_state_nothing_is_left(num_requests: int) -> No
     await asyncio.sleep(0.05)
     left = {task for task in asyncio.all_tasks() - before if not task.done()}
     assert not [task for task in left if "lowbit" in repr(task) or "/server/rpc/" in repr(task)]
-
-
-# Noise on the wire
-
-GENERATE = pb.GenerateRequest(text="Hi", request_id="a")
-METHODS: dict[str, Message] = {
-    "GenerationService/Generate": GENERATE,
-    "GenerationService/GenerateStream": GENERATE,
-    "GenerationService/Tokenize": pb.TokenizeRequest(text="Hi"),
-    "GenerationService/Detokenize": pb.DetokenizeRequest(ids=[1, 2]),
-    "ModelService/GetModel": pb.GetModelRequest(),
-    "ModelService/GetServerInfo": pb.GetServerInfoRequest(),
-    "ModelService/GetLoad": pb.GetLoadRequest(),
-    "ControlService/Abort": pb.AbortRequest(request_ids=["a"]),
-    "ControlService/SetLogLevel": pb.SetLogLevelRequest(level=pb.LOG_LEVEL_WARNING),
-}
-DRAIN: dict[str, Message] = {"ControlService/Drain": pb.DrainRequest(grace_seconds=1.0)}
-EXPECTED = {
-    StatusCode.OK,
-    StatusCode.INVALID_ARGUMENT,
-    StatusCode.UNIMPLEMENTED,
-    StatusCode.DEADLINE_EXCEEDED,
-}
-
-
-@st.composite
-def messages(draw: st.DrawFn, methods: dict[str, Message]) -> tuple[str, bytes]:
-    """A method, and noise or a message with some of its bytes changed, added or taken away."""
-    method = draw(st.sampled_from(sorted(methods)))
-    if draw(st.booleans()):
-        return method, draw(st.binary(max_size=200))
-    request = methods[method]
-    if isinstance(request, pb.GenerateRequest):
-        request = pb.GenerateRequest()
-        request.CopyFrom(GENERATE)
-        request.sampling.temperature = draw(st.floats())
-        request.sampling.max_tokens = draw(st.integers(-(2**31), 2**31 - 1))
-        request.sampling.stop.extend(draw(st.lists(st.text(max_size=5), max_size=3)))
-        request.sampling.logit_bias[draw(st.integers(0, 2**32 - 1))] = draw(st.floats())
-        request.deadline_seconds = draw(st.floats())
-        request.stream_interval = draw(st.integers(-(2**31), 2**31 - 1))
-    data = bytearray(request.SerializeToString())
-    for _ in range(draw(st.integers(0, 4))):
-        place = draw(st.integers(0, len(data)))
-        data[place : place + draw(st.integers(0, 2))] = draw(st.binary(max_size=3))
-    return method, bytes(data)
-
-
-@pytest.fixture
-def own_level() -> Iterator[None]:
-    logger = logging.getLogger("lowbit")
-    level = logger.level
-    yield
-    logger.setLevel(level)
-
-
-@pytest.mark.parametrize(
-    ("methods", "num_examples", "afterwards"),
-    [(METHODS, 300, StatusCode.OK), (DRAIN, 60, StatusCode.UNAVAILABLE)],
-    ids=["all but Drain", "Drain"],
-)
-def test_noise_gets_a_status_and_the_server_goes_on(
-    methods: dict[str, Message], num_examples: int, afterwards: StatusCode, own_level: None
-) -> None:
-    with asyncio.Runner() as runner:
-        rig: Rig = make_rig()
-        context = running(rig)
-        runner.run(context.__aenter__())
-        channel = runner.run(_connect(rig.address))
-
-        @settings(max_examples=num_examples)
-        @given(messages(methods))
-        def check(message: tuple[str, bytes]) -> None:
-            method, data = message
-            assert runner.run(_status(channel, method, data)) in EXPECTED
-
-        try:
-            check()
-            for method, request in methods.items():
-                status = runner.run(_status(channel, method, request.SerializeToString()))
-                assert status is StatusCode.OK
-            runner.run(rig.wait_blocks_free())
-            data = pb.GenerateRequest(text="Hi").SerializeToString()
-            for method in ("Generate", "GenerateStream"):
-                status = runner.run(_status(channel, f"GenerationService/{method}", data))
-                assert status is afterwards
-            assert rig.ended("error") == 0
-        finally:
-            runner.run(channel.close())
-            runner.run(context.__aexit__(None, None, None))
-
-
-async def _connect(address: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(address)
-
-
-async def _status(channel: grpc.aio.Channel, method: str, data: bytes) -> StatusCode:
-    try:
-        if method.endswith("Stream"):
-            async for _ in channel.unary_stream(f"/lowbit.v1.{method}")(data, timeout=10):
-                pass
-        else:
-            await channel.unary_unary(f"/lowbit.v1.{method}")(data, timeout=10)
-    except grpc.aio.AioRpcError as error:
-        return error.code()
-    return StatusCode.OK
-
-
-def test_bytes_that_are_no_http2() -> None:
-    async def check() -> None:
-        async with running(make_rig()) as rig, AsyncClient(rig.address) as client:
-            chance = random.Random(0)
-            for _ in range(50):
-                with socket.create_connection(("127.0.0.1", rig.server.port)) as connection:
-                    connection.sendall(chance.randbytes(200))
-            assert (await client.generate("Hi")).text == "Hello, world!"
-
-    asyncio.run(check())

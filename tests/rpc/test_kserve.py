@@ -87,8 +87,12 @@ async def test_tritons_own_client(rig: Rig) -> None:
     assert "INVALID_ARGUMENT: temperature is -1.0" in error
 
 
-def infer_request(model: str = "recital", **contents: Any) -> ks.ModelInferRequest:
+def infer_request(
+    model: str = "recital", parameter: str = "", **contents: Any
+) -> ks.ModelInferRequest:
     request = ks.ModelInferRequest(model_name=model)
+    if parameter:
+        request.parameters[parameter].int64_param = 1
     for name, value in contents.items():
         kind = "BOOL" if isinstance(value, bool) else "BYTES"
         tensor = request.inputs.add(name=name, datatype=kind, shape=[1])
@@ -114,6 +118,28 @@ async def test_contents_that_are_not_raw(rig: Rig) -> None:
         assert response.raw_output_contents[0] == b"\4\0\0\0Hell"
 
 
+async def test_bytes_that_are_no_text_are_named(rig: Rig) -> None:
+    """Also inside of a map, and inside of what protobuf nests."""
+    for data, text in (
+        (b"\x0a\x01\xff", "model_name is not valid UTF-8: byte 0xff at offset 0"),
+        (b"\x22\x05\x0a\x01\xff\x12\x00", "parameters[0].key is not valid UTF-8"),
+        (b"\x2a\x03\x0a\x01\xff", "inputs[0].name is not valid UTF-8"),
+        (b"\x0a\x50", "the 2 bytes of the request are not a inference.ModelInferRequest"),
+    ):
+        async with grpc.aio.insecure_channel(rig.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(data)
+        assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+        assert text in (caught.value.details() or "")
+
+
+async def test_a_field_of_a_newer_client_inside_of_a_map_is_refused(rig: Rig) -> None:
+    data = b"\x22\x07\x0a\x01a\x12\x02\x78\x01"  # field 15 of the value of parameters["a"]
+    async with grpc.aio.insecure_channel(rig.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"parameters\['a'\] holds field number 15"):
+            await channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(data)
+
+
 @pytest.mark.parametrize(
     ("request_", "code", "text"),
     [
@@ -136,6 +162,36 @@ async def test_contents_that_are_not_raw(rig: Rig) -> None:
             infer_request(text_input=b"Hi", sampling_parameters=b'{"n": 2}'),
             StatusCode.UNIMPLEMENTED,
             "sampling_parameters.n is 2",
+        ),
+        (
+            infer_request(text_input=b"Hi", sampling_parameters=b"[" * 100_000),
+            StatusCode.INVALID_ARGUMENT,
+            "sampling_parameters is not understood: .*maximum recursion",
+        ),
+        (
+            infer_request(text_input=b"Hi", sampling_parameters=b" " * 200_000),
+            StatusCode.INVALID_ARGUMENT,
+            "200000 characters; it may have at most 131072",
+        ),
+        (
+            infer_request(text_input=b"Hi", parameter="timeout"),
+            StatusCode.UNIMPLEMENTED,
+            r"parameters\['timeout'\] is set",
+        ),
+        (
+            ks.ModelInferRequest(
+                model_name="recital", inputs=[ks.ModelInferRequest.InferInputTensor()] * 4
+            ),
+            StatusCode.INVALID_ARGUMENT,
+            "inputs holds 4 tensors; it may hold at most 3",
+        ),
+        (
+            ks.ModelInferRequest(
+                model_name="recital",
+                inputs=[*infer_request(text_input=b"a").inputs] * 2,
+            ),
+            StatusCode.INVALID_ARGUMENT,
+            "inputs holds text_input twice",
         ),
     ],
     ids=lambda value: str(value)[:30].replace("\n", " "),

@@ -22,7 +22,7 @@ from byte_tokenizer import byte_tokenizer
 from grpc import StatusCode
 from lowbit.server.config import ServerConfig
 from lowbit.server.text.tokenizer import Tokenizer
-from serving import EOS, Rig, make_rig, running
+from serving import EOS, PromptScoringRunner, RecitingRunner, Rig, make_rig, running
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto.generated import common_pb2 as common
 
@@ -88,6 +88,85 @@ async def test_what_is_not_supported_is_refused_by_name(rig: Rig, field: str) ->
     with pytest.raises(grpc.aio.AioRpcError, match=f"{field} is set") as caught:
         await generate(rig, message)
     assert caught.value.code() is StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("sampling", "text"),
+    [
+        ({"logit_bias": {-1: 1.0}}, "logit_bias is out of range"),
+        ({"top_k": 2**32 - 1}, "top_k is out of range"),
+        ({"max_tokens": 2**31}, "max_tokens is out of range"),
+        ({"seed": -1}, "seed is -1"),
+        ({"logprobs": -1}, "top_logprobs is -1"),
+        ({"temperature": -1.0}, "temperature is -1"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+async def test_numbers_out_of_range(rig: Rig, sampling: dict[str, Any], text: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match=text) as caught:
+        await generate(rig, request(stream=True, **sampling))
+    assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+
+
+async def test_bytes_that_are_no_request(rig: Rig) -> None:
+    async with grpc.aio.insecure_channel(rig.address) as channel:
+        for data, text in (
+            (b"\x12\x03\x0a\x01\xff", "tokenized.original_text is not valid UTF-8"),
+            (b"\x12\x50", "the 2 bytes of the request are not a vllm.grpc.engine.GenerateRequest"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=text) as caught:
+                await channel.unary_stream("/vllm.grpc.engine.VllmEngine/Generate")(data).read()
+            assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+
+
+async def test_logprobs_of_the_prompt_come_with_the_first_chunk_and_the_end(tmp_path: Path) -> None:
+    runner = PromptScoringRunner()
+    async with running(make_rig(runner, config=CONFIG)) as rig:
+        first, *chunks, last = await generate(rig, request(stream=True, prompt_logprobs=2))
+        for scores in (first.chunk.input_logprobs, last.complete.input_logprobs):
+            assert list(scores.token_ids) == list(b"Hi")
+            assert not scores.token_logprobs[0].HasField("value")
+            assert scores.token_logprobs[1].value == runner.LOGPROB
+            assert [list(each.token_ids) for each in scores.top_logprobs] == [[], [0, 1]]
+        assert not any(each.chunk.HasField("input_logprobs") for each in chunks)
+
+
+async def test_what_the_operator_asks(rig: Rig) -> None:
+    engine = "/vllm.grpc.engine.VllmEngine"
+    async with grpc.aio.insecure_channel(rig.address) as channel:
+
+        async def ask(method: str, message: Any, kind: Any) -> Any:
+            return kind.FromString(
+                await channel.unary_unary(f"{engine}/{method}")(message.SerializeToString())
+            )
+
+        health = await ask("HealthCheck", vllm.HealthCheckRequest(), vllm.HealthCheckResponse)
+        assert health.healthy
+        model = await ask("GetModelInfo", vllm.GetModelInfoRequest(), vllm.GetModelInfoResponse)
+        assert (model.served_model_name, model.max_context_length) == ("recital", 512)
+        assert list(model.eos_token_ids) == [EOS]
+        loads = await ask("GetLoads", vllm.GetLoadsRequest(), vllm.GetLoadsResponse)
+        assert (loads.loads[0].num_running_reqs, loads.dp_rank_count) == (0, 1)
+        info = await ask("GetServerInfo", vllm.GetServerInfoRequest(), vllm.GetServerInfoResponse)
+        assert info.server_type == "lowbit" and info.active_requests == 0
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(f"{engine}/Embed")(b"")
+        assert caught.value.code() is StatusCode.UNIMPLEMENTED
+
+
+async def test_abort_ends_a_request_with_what_it_has() -> None:
+    runner = RecitingRunner(endless=True, step_seconds=0.001)
+    async with running(make_rig(runner, config=CONFIG)) as rig:
+        call = asyncio.create_task(generate(rig, request(stream=False, max_tokens=500)))
+        while runner.num_steps < 3:
+            await asyncio.sleep(0.001)
+        async with grpc.aio.insecure_channel(rig.address) as channel:
+            abort = channel.unary_unary("/vllm.grpc.engine.VllmEngine/Abort")
+            for _ in range(2):  # again, or too late, is no error
+                await abort(vllm.AbortRequest(request_ids=["mine", "x"]).SerializeToString())
+        (last,) = await call
+        assert last.complete.finish_reason == "abort"
+        await rig.wait_blocks_free()
 
 
 async def test_the_tokenizer_comes_as_a_zip(rig: Rig) -> None:

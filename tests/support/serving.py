@@ -27,6 +27,7 @@ from lowbit.server.types import (
     ModelInfo,
     SamplingParams,
     TokenConstraint,
+    TokenLogprob,
 )
 from prometheus_client import CollectorRegistry
 
@@ -122,6 +123,23 @@ class RecitingRunner:
         if position >= len(self.reply) and not self.endless:
             return EOS
         return self.reply[position % len(self.reply)]
+
+
+class PromptScoringRunner(RecitingRunner):
+    """Holds every token of a prompt, and each of the first ids beside it, to be as likely."""
+
+    LOGPROB = -0.25
+
+    def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
+        for sequence in output.sequences:
+            number = sequence.params.prompt_logprobs
+            if number is not None and sequence.yields_token and not sequence.prompt_logprobs:
+                top = tuple((token_id, self.LOGPROB) for token_id in range(number))
+                sequence.prompt_logprobs = [
+                    TokenLogprob(token_id=each, logprob=self.LOGPROB, top=top, rank=1)
+                    for each in sequence.token_ids[1 : sequence.num_prompt_tokens]
+                ]
+        return super().execute(output)
 
 
 @dataclass
