@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Iterator
@@ -238,6 +239,8 @@ async def serve(
             engine = await _open(server, load, warm_up, stop_requested)
             if engine is None:
                 return False
+            # To look at all that is loaded, PyTorch too, takes a collection 0.14 seconds each time.
+            gc.freeze()
             logger.info("serving, metrics on %d", server.metrics_port)
             if on_started is not None:
                 on_started(server)
