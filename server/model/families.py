@@ -6,6 +6,7 @@ out and translates what older ones call otherwise; a value that is not served is
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -87,6 +88,7 @@ class Family:
     names: PartNames = field(default_factory=PartNames)
     keys: ConfigKeys = field(default_factory=ConfigKeys)
     required: Mapping[str, Any] = field(default_factory=dict)  # keys with the only value served
+    equal_to_hidden_size: str | None = None  # a key with another size, served where it is none
     norm: NormKind = NormKind.RMS
     gated: bool = True  # the MLP multiplies activation(gate) by up
     rotates: bool = True  # else positions are learned
@@ -221,6 +223,7 @@ _OPT = Family(
         "layer_norm_elementwise_affine": True,
         "_remove_final_layer_norm": False,
     },
+    equal_to_hidden_size="word_embed_proj_dim",
     norm=NormKind.LAYER,
     gated=False,
     rotates=False,
@@ -273,14 +276,7 @@ def read_config(
     found = _complete(config, family)
     _check_required(found, family)
     keys = family.keys
-    num_heads = found.num_attention_heads
-    num_kv_heads = getattr(found, "num_key_value_heads", None) or num_heads
-    if num_heads % num_kv_heads:
-        raise CheckpointError(
-            f"config.json: num_attention_heads is {num_heads}; "
-            f"it must be a multiple of num_key_value_heads ({num_kv_heads})"
-        )
-    head_dim = getattr(found, "head_dim", None) or found.hidden_size // num_heads
+    num_heads, num_kv_heads, head_dim = _heads(found)
     layers = tuple(
         _layer(found, family, head_dim, index, max_model_len)
         for index in range(found.num_hidden_layers)
@@ -307,15 +303,39 @@ def read_config(
     )
 
 
+def _heads(config: Any) -> tuple[int, int, int]:
+    """(H, Hkv, D)"""
+    num_heads, hidden_size = config.num_attention_heads, config.hidden_size
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads is {num_heads}; "
+            f"it must be a multiple of num_key_value_heads ({num_kv_heads})"
+        )
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and hidden_size % num_heads:
+        raise CheckpointError(
+            f"config.json: {_key(config, 'hidden_size')} is {hidden_size}; "
+            f"it must be a multiple of {_key(config, 'num_attention_heads')} ({num_heads})"
+        )
+    return num_heads, num_kv_heads, head_dim or hidden_size // num_heads
+
+
+def _key(config: Any, name: str) -> str:
+    """What the family's config.json calls it."""
+    key: str = config.attribute_map.get(name, name)
+    return key
+
+
 def _complete(config: Mapping[str, Any], family: Family) -> Any:
     """The configuration as transformers understands it; what the file must say is checked first."""
     for name in _SIZES:
-        key = family.config_class.attribute_map.get(name, name)
+        key = _key(family.config_class, name)
         value = config.get(key)
         if not isinstance(value, int) or value < 1:
             raise CheckpointError(f"config.json: {key} is {value!r}; it must be a positive integer")
     try:
-        return family.config_class.from_dict(dict(config))
+        return family.config_class.from_dict(copy.deepcopy(dict(config)))
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"config.json: {reason}") from None
@@ -326,10 +346,10 @@ def _check_required(config: Any, family: Family) -> None:
         value = getattr(config, key, only)
         if value != only and (value or only):  # None and False are one
             raise CheckpointError(f"config.json: {key} is {value!r}; supported is {only!r}")
-    proj_dim = getattr(config, "word_embed_proj_dim", config.hidden_size)
-    if proj_dim != config.hidden_size:
+    size = _optional(config, family.equal_to_hidden_size)
+    if size not in (None, config.hidden_size):
         raise CheckpointError(
-            f"config.json: word_embed_proj_dim is {proj_dim}; "
+            f"config.json: {family.equal_to_hidden_size} is {size}; "
             f"supported is hidden_size ({config.hidden_size})"
         )
 

@@ -181,10 +181,11 @@ def read_rope(
             f"config.json: rope_type is {kind!r}; supported are {', '.join(_SCALINGS)}"
         )
     _refuse_unknown(kind, parameters)
-    size = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    share = _number("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0))
+    size = int(head_dim * share)
     if size % 2 or not 0 < size <= head_dim:
         raise CheckpointError(
-            f"config.json: partial_rotary_factor is {parameters['partial_rotary_factor']}; "
+            f"config.json: partial_rotary_factor is {share}; "
             f"{size} features of {head_dim} would rotate, which must be an even number"
         )
     original = parameters.get("original_max_position_embeddings")

@@ -344,6 +344,7 @@ def test_opt() -> None:
         (QWEN_2_5_7B, {"layer_types": ["full_attention"]}, "layer_types"),
         (GEMMA_2_2B, {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         (GEMMA_3_1B, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        (GPT2, {"n_embd": 770}, "n_embd is 770; it must be a multiple of n_head (12)"),
         (GPT2, {"n_embd": 0}, "n_embd is 0; it must be a positive integer"),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         (GPT2, {"scale_attn_weights": False}, "scale_attn_weights is False; supported is True"),

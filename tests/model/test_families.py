@@ -41,7 +41,11 @@ SERVED = (
     "qwen3",
 )
 # With the largest difference, in standard deviations of the logits.
-BACKENDS = {"reference": (ReferenceBackend(), 1e-4), "cpu": (CpuBackend("float32"), 1e-4)}
+BACKENDS = {
+    "reference": (ReferenceBackend(), 1e-4),
+    "cpu": (CpuBackend("float32"), 1e-4),
+    "triton": (load_backend("triton"), 0.03),  # on a GPU, or in Triton's interpreter
+}
 MAX_MODEL_LEN = 120
 LENGTH = 75  # several times the windows of the tiny models
 
@@ -85,10 +89,19 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder, stored_in_16_bits(build_family(request.param))
 
 
+def skip_what_triton_lacks(folder: Path, backend: KernelBackend) -> None:
+    try:
+        load_decoder(folder, backend)
+    except BackendUnavailable as refusal:
+        pytest.skip(str(refusal))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_agree_with_transformers(served: tuple[Path, Any], backend: str) -> None:
     folder, oracle = served
     kernels, tolerance = BACKENDS[backend]
+    if backend == "triton":
+        skip_what_triton_lacks(folder, kernels)
     assert largest_difference(folder, kernels, oracle) < tolerance
 
 
