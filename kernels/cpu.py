@@ -5,9 +5,8 @@ and float32 accumulation; an 8-bit code becomes two 4-bit planes along K. Where 
 not vectorised, or a group size does not fit it, weights are dequantized to float32 at load.
 
 A row's result never depends on which other rows are in the step: the int4 product accumulates
-each row alone, and attention reduces in float64, so that the order of summation, which changes
-with the shapes, disappears in the rounding to float32. A preempted sequence therefore recomputes
-the very same keys and values in one prefill that it had first computed token by token.
+each row alone, and attention sees to it (`cpu_attention`). So a preempted sequence recomputes the
+very keys and values in one prefill that it had first computed token by token.
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ import functools
 import logging
 import math
 import mmap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu_attention import CpuPlan, attend
 from .interface import (
     AttentionPlan,
     AttentionSpec,
@@ -47,8 +47,6 @@ _INT4_COLUMNS = 64  # N is padded to the operator's widest column block
 _VECTORISED = ("AVX2", "AVX512")  # elsewhere the operator is a scalar loop, 20x slower
 _SCALE_DTYPE = torch.float16  # of an int8 KV cache
 _MIN_SCALE = 2.0**-24  # the smallest that float16 holds
-_FEW_QUERIES = 8  # up to here grouping them by head takes half the time (6,000 keys)
-_SCORE_NUMBERS = 1 << 22  # of explicit scores that are held at a time: 32 MiB
 _RESCORED = 64  # candidates whose logits are recomputed in float32
 
 
@@ -86,46 +84,6 @@ class RescoredHead:
     @property
     def out_features(self) -> int:
         return self.fast.shape[0] if isinstance(self.fast, Tensor) else self.fast.out_features
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """Sequences with one new token each that see contexts of similar length, in any order."""
-
-    rows: Tensor  # [b] int64, rows of the step
-    blocks: Tensor  # [b * blocks] int32
-    mask: Tensor  # [b, 1, 1, blocks * block_size] float64, 0 or -inf
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """Several new tokens of one sequence, and the n positions that any of them sees."""
-
-    start: int
-    end: int
-    blocks: Tensor  # [blocks] int32
-    num_keys: int  # n, the first of these blocks' tokens
-    mask: Tensor | None  # [end - start, n] float64; None: plain causal
-
-
-@dataclass(frozen=True, slots=True)
-class WindowPlan:
-    """The work of all layers that look equally far back."""
-
-    decodes: list[DecodeGroup]
-    prefills: list[PrefillChunk]
-
-
-@dataclass(frozen=True, slots=True)
-class CpuPlan:
-    batch: ForwardBatch
-    by_window: dict[int | None, WindowPlan] = field(default_factory=dict)
-
-    def of(self, window: int | None) -> WindowPlan:
-        """Made when the first layer with that window asks for it."""
-        if window not in self.by_window:
-            self.by_window[window] = _plan_window(self.batch, window)
-        return self.by_window[window]
 
 
 class CpuBackend(KernelBackend):
@@ -266,19 +224,9 @@ class CpuBackend(KernelBackend):
         self, q: Tensor, cache: KVCache, plan: AttentionPlan, spec: AttentionSpec
     ) -> Tensor:
         assert isinstance(plan, CpuPlan)
-        work = plan.of(spec.window)
-        wide = q.to(torch.float64)
         if cache.key_scales is not None:
-            wide = wide @ _rotation(q.shape[2])
-        if len(work.decodes) == 1 and not work.prefills:
-            return _attend_decode(wide, cache, work.decodes[0], spec).flatten(1).to(torch.float32)
-        out = torch.empty_like(wide)
-        for group in work.decodes:
-            out[group.rows] = _attend_decode(wide[group.rows], cache, group, spec)
-        for chunk in work.prefills:
-            rows = slice(chunk.start, chunk.end)
-            out[rows] = _attend_prefill(wide[rows], cache, chunk, spec)
-        return out.flatten(1).to(torch.float32)
+            q = q.to(torch.float64) @ _rotation(q.shape[2])
+        return attend(q, cache, plan, spec).flatten(1)
 
 
 @functools.cache
@@ -307,18 +255,6 @@ def _quantize_heads(rows: Tensor) -> tuple[Tensor, Tensor]:
     scales = (rows.abs().amax(dim=-1) / 127).clamp_(min=_MIN_SCALE).to(_SCALE_DTYPE)
     codes = (rows / scales.to(torch.float32)[..., None]).round_().clamp_(-127, 127)
     return codes.nan_to_num_(0).to(torch.int8), scales
-
-
-def _gather(tensor: Tensor, scales: Tensor | None, blocks: Tensor) -> Tensor:
-    """Blocks [b] of the cache as float64 [b, block_size, Hkv, D]."""
-    rows = tensor.index_select(0, blocks).to(torch.float64)
-    if scales is not None:
-        rows *= scales.index_select(0, blocks).to(torch.float64)[..., None]
-    return rows
-
-
-def _tensors_and_scales(cache: KVCache) -> tuple[tuple[Tensor, Tensor | None], ...]:
-    return (cache.keys, cache.key_scales), (cache.values, cache.value_scales)
 
 
 def _exact_logits(x: Tensor, weight: LinearWeight, candidates: Tensor) -> Tensor:
@@ -403,158 +339,6 @@ def _int4_planes(
         (coarse + 8, 16 * scales, rounded),
         (centered & 15, scales, 8 * scales + (offsets - rounded)),
     ]
-
-
-def _plan_window(batch: ForwardBatch, window: int | None) -> WindowPlan:
-    starts = batch.query_start.tolist()
-    contexts = batch.context_lens.tolist()
-    buckets: dict[int, list[int]] = {}
-    prefills = []
-    for i, context_len in enumerate(contexts):
-        num_queries = starts[i + 1] - starts[i]
-        blocks = _visible_blocks(batch.block_size, context_len, num_queries, window)
-        if num_queries == 1:
-            buckets.setdefault(len(blocks).bit_length(), []).append(i)
-        else:
-            prefills.append(_plan_prefill(batch, i, starts[i], num_queries, context_len, window))
-    decodes = [
-        _plan_decode(batch, members, [contexts[i] for i in members], window)
-        for members in buckets.values()
-    ]
-    return WindowPlan(decodes, prefills)
-
-
-def _visible_blocks(
-    block_size: int, context_len: int, num_queries: int, window: int | None
-) -> range:
-    """Which blocks of a sequence hold what its new tokens see."""
-    first = 0 if window is None else max(0, context_len - num_queries + 1 - window)
-    return range(first // block_size, -(-context_len // block_size))
-
-
-def _plan_decode(
-    batch: ForwardBatch, members: list[int], contexts: list[int], window: int | None
-) -> DecodeGroup:
-    spans = [_visible_blocks(batch.block_size, context, 1, window) for context in contexts]
-    num_blocks = max(len(span) for span in spans)
-    index = torch.tensor(members)
-    first_blocks = torch.tensor([span.start for span in spans])[:, None]
-    # Beyond a table's end its last entry stands for more padding.
-    columns = first_blocks + torch.arange(num_blocks)
-    columns.clamp_(max=batch.block_tables.shape[1] - 1)
-    positions = first_blocks * batch.block_size + torch.arange(num_blocks * batch.block_size)
-    ends = torch.tensor(contexts)[:, None]
-    hidden = positions >= ends
-    if window is not None:
-        hidden |= positions < ends - window
-    return DecodeGroup(
-        rows=batch.query_start[index].to(torch.int64),
-        blocks=batch.block_tables[index[:, None], columns].flatten(),
-        mask=_additive_mask(hidden)[:, None, None, :],
-    )
-
-
-def _plan_prefill(
-    batch: ForwardBatch,
-    sequence: int,
-    start: int,
-    num_queries: int,
-    context_len: int,
-    window: int | None,
-) -> PrefillChunk:
-    span = _visible_blocks(batch.block_size, context_len, num_queries, window)
-    first = span.start * batch.block_size
-    mask = None
-    if num_queries < context_len or (window is not None and window < context_len):
-        queries = torch.arange(context_len - num_queries, context_len)[:, None]
-        positions = torch.arange(first, context_len)
-        hidden = positions > queries
-        if window is not None:
-            hidden |= positions <= queries - window
-        mask = _additive_mask(hidden)
-    return PrefillChunk(
-        start=start,
-        end=start + num_queries,
-        blocks=batch.block_tables[sequence, span.start : span.stop],
-        num_keys=context_len - first,
-        mask=mask,
-    )
-
-
-def _additive_mask(hidden: Tensor) -> Tensor:
-    return torch.zeros(hidden.shape, dtype=torch.float64).masked_fill_(hidden, float("-inf"))
-
-
-def _attend_decode(q: Tensor, cache: KVCache, group: DecodeGroup, spec: AttentionSpec) -> Tensor:
-    """q [b, H, D] float64 -> [b, H, D]. The heads of a group stand where queries stand."""
-    num_sequences, num_heads, head_dim = q.shape
-    num_kv_heads = cache.keys.shape[2]
-    keys, values = (
-        _gather(tensor, scales, group.blocks)
-        .view(num_sequences, -1, num_kv_heads, head_dim)
-        .transpose(1, 2)
-        for tensor, scales in _tensors_and_scales(cache)
-    )
-    grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    return _attend(grouped, keys, values, group.mask, spec).reshape(q.shape)
-
-
-def _attend_prefill(q: Tensor, cache: KVCache, chunk: PrefillChunk, spec: AttentionSpec) -> Tensor:
-    """q [t, H, D] float64 -> [t, H, D]."""
-    keys, values = (
-        _gather(tensor, scales, chunk.blocks).flatten(0, 1)[: chunk.num_keys].transpose(0, 1)[None]
-        for tensor, scales in _tensors_and_scales(cache)
-    )
-    mask = chunk.mask
-    if spec.soft_cap is not None:
-        return _attend_tiles(q, keys, values, chunk, spec)
-    if mask is not None and q.shape[0] <= _FEW_QUERIES:
-        return _attend_grouped(q, keys, values, mask, spec)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        keys,
-        values,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=spec.scale,
-        enable_gqa=True,
-    )
-    return out[0].transpose(0, 1)
-
-
-def _attend_grouped(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, spec: AttentionSpec
-) -> Tensor:
-    """The same for few queries: the heads of a group stand beside each other as queries, where
-    PyTorch would repeat the keys and values for each of them."""
-    num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = keys.shape[1]
-    group = num_heads // num_kv_heads
-    grouped = q.transpose(0, 1).reshape(1, num_kv_heads, group * num_queries, head_dim)
-    out = _attend(grouped, keys, values, mask.repeat(group, 1), spec)
-    return out.view(num_heads, num_queries, head_dim).transpose(0, 1)
-
-
-def _attend_tiles(
-    q: Tensor, keys: Tensor, values: Tensor, chunk: PrefillChunk, spec: AttentionSpec
-) -> Tensor:
-    """The same with scores that are written out, for as many queries at a time as memory allows."""
-    num_queries, num_heads, _ = q.shape
-    num_keys = keys.shape[2]
-    mask = chunk.mask
-    if mask is None:
-        mask = _additive_mask(torch.ones(num_queries, num_keys, dtype=torch.bool).triu_(1))
-    num_rows = max(1, _SCORE_NUMBERS // (num_heads * num_keys))
-    tiles = zip(q.split(num_rows), mask.split(num_rows), strict=True)
-    return torch.cat([_attend_grouped(rows, keys, values, m, spec) for rows, m in tiles])
-
-
-def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, spec: AttentionSpec) -> Tensor:
-    """q [b, Hkv, r, D], keys and values [b, Hkv, n, D], mask broadcast to [b, Hkv, r, n]."""
-    if spec.soft_cap is None:
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=spec.scale)
-    scores = (q @ keys.transpose(-1, -2)).mul_(spec.scale / spec.soft_cap).tanh_()
-    return scores.mul_(spec.soft_cap).add_(mask).softmax(dim=-1) @ values
 
 
 def create(precision: str = "auto", kv_cache_dtype: str = "auto") -> CpuBackend:

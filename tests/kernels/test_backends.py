@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lowbit.kernels import cpu_attention
 from lowbit.kernels.cpu import CpuBackend, DenseLinear, Int4Linear
 from lowbit.kernels.interface import (
     Activation,
@@ -274,6 +275,9 @@ def attention_oracle(
         ([16, 17, 5, 200], [1, 1, 1, 1]),
         ([33], [33]),
         ([40, 33, 100, 7], [1, 33, 12, 1]),
+        ([300, 257, 700, 256, 5], [1, 1, 1, 1, 1]),
+        ([400], [400]),
+        ([500, 300, 290, 10], [1, 60, 1, 10]),
     ],
 )
 def test_attention_agrees_with_float64(
@@ -338,6 +342,57 @@ def test_a_query_alone_attends_as_in_a_chunk(spec: AttentionSpec, cache_dtype: s
         )
         apart = backend.attention(q[start:end], cache, backend.plan_attention(part), spec)
         assert torch.equal(apart, together[start:end])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PLAIN,
+        AttentionSpec(scale=0.25, window=300),
+        AttentionSpec(scale=0.25, window=400, soft_cap=3.0),
+        AttentionSpec(scale=0.25, soft_cap=3.0),
+    ],
+)
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_a_query_with_many_keys_attends_as_in_a_chunk(
+    spec: AttentionSpec, cache_dtype: str
+) -> None:
+    """Bit for bit, alone, in chunks of all kinds, and beside sequences of all lengths."""
+    backend = CpuBackend("bfloat16", cache_dtype)
+    torch.manual_seed(1)
+    q, cache, whole, slots = random_step(backend, [700, 40], [700, 9], 6, 2)
+    together = backend.attention(q, cache, backend.plan_attention(whole), spec)
+    expected = attention_oracle(q, cache, whole, slots, spec)
+    torch.testing.assert_close(together.double(), expected, atol=2e-6, rtol=2e-6)
+    spans = [(i, i + size) for size in (1, 2, 3, 8, 31, 100) for i in range(230, 600, 67)]
+    for start, end in [*spans, (250, 270), (255, 257), (256, 257), (0, 699), (699, 700)]:
+        part = replace(
+            whole,
+            query_start=torch.tensor([0, end - start], dtype=torch.int32),
+            context_lens=torch.tensor([end], dtype=torch.int32),
+            block_tables=whole.block_tables[:1],
+        )
+        apart = backend.attention(q[start:end], cache, backend.plan_attention(part), spec)
+        assert torch.equal(apart, together[start:end])
+    ends = [700, 20, 300, 257, 256, 690, 2]
+    crowd = replace(
+        whole,
+        query_start=torch.arange(len(ends) + 1, dtype=torch.int32),
+        context_lens=torch.tensor(ends, dtype=torch.int32),
+        block_tables=whole.block_tables[:1].repeat(len(ends), 1),
+    )
+    rows = torch.tensor(ends) - 1
+    decoded = backend.attention(q[rows], cache, backend.plan_attention(crowd), spec)
+    assert torch.equal(decoded, together[rows])
+
+
+def test_where_rows_do_not_stand_alone_all_is_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "rows_stand_alone", lambda *_: False)
+    backend = CpuBackend("bfloat16")
+    q, cache, batch, slots = random_step(backend, [700, 300], [1, 20], 6, 2)
+    expected = attention_oracle(q, cache, batch, slots)
+    actual = backend.attention(q, cache, backend.plan_attention(batch), PLAIN)
+    assert torch.equal(actual, expected.float())
 
 
 def test_a_window_reads_no_block_before_it() -> None:
