@@ -284,12 +284,12 @@ def read_config(
     return ModelConfig(
         vocab_size=found.vocab_size,
         hidden_size=found.hidden_size,
-        intermediate_size=getattr(found, keys.intermediate_size) or 4 * found.hidden_size,
+        intermediate_size=_optional(found, keys.intermediate_size) or 4 * found.hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=_longest(found.max_position_embeddings, layers),
-        norm_eps=getattr(found, keys.norm_eps) if keys.norm_eps else _LAYER_NORM_EPS,
+        norm_eps=_optional(found, keys.norm_eps) or _LAYER_NORM_EPS,
         activation=_activation(found, keys.activation),
         qkv_bias=_flag(found, keys.qkv_bias),
         output_bias=_flag(found, keys.output_bias),
@@ -307,7 +307,7 @@ def _heads(config: Any) -> tuple[int, int, int]:
     """(H, Hkv, D)"""
     num_heads, hidden_size = config.num_attention_heads, config.hidden_size
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    if num_heads % num_kv_heads:
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise CheckpointError(
             f"config.json: num_attention_heads is {num_heads}; "
             f"it must be a multiple of num_key_value_heads ({num_kv_heads})"
@@ -414,7 +414,11 @@ def _flag(config: Any, key: str | bool) -> bool:
 
 
 def _optional(config: Any, key: str | None) -> Any:
-    return None if key is None else getattr(config, key)
+    """A positive number, or None for what the family or this model does not have."""
+    value = None if key is None else getattr(config, key)
+    if value is not None and not value > 0:
+        raise CheckpointError(f"config.json: {key} is {value!r}; it must be positive")
+    return value
 
 
 def _eos_token_ids(config: Mapping[str, Any]) -> frozenset[int]:

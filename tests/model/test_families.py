@@ -62,12 +62,15 @@ def oracle_logits(oracle: Any, token_ids: list[int]) -> torch.Tensor:
     return logits
 
 
-def largest_difference(folder: Path, backend: KernelBackend, oracle: Any) -> float:
+def largest_difference(
+    folder: Path, backend: KernelBackend, oracle: Any, length: int = LENGTH
+) -> float:
     """Of the logits of a prompt in chunks and single steps, in the logits' standard deviations."""
     decoder = load_decoder(folder, backend, MAX_MODEL_LEN)
-    prompt = random_prompt(LENGTH, 1, seed=3)
+    prompt = random_prompt(length, 1, seed=3)
     caches = caches_for(decoder, 8)
-    for num_tokens in (40, 1, 1, LENGTH - 42):
+    first = length // 2
+    for num_tokens in (first, 1, 1, length - first - 2):
         run_step(decoder, caches, [(prompt, num_tokens)])
     expected = oracle_logits(oracle, prompt.token_ids)
     difference = (torch.stack(prompt.logits) - expected).abs().max()
@@ -102,7 +105,8 @@ def test_logits_agree_with_transformers(served: tuple[Path, Any], backend: str) 
     kernels, tolerance = BACKENDS[backend]
     if backend == "triton":
         skip_what_triton_lacks(folder, kernels)
-    assert largest_difference(folder, kernels, oracle) < tolerance
+    length = 25 if backend == "triton" else LENGTH  # its interpreter is slow
+    assert largest_difference(folder, kernels, oracle, length) < tolerance
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +197,9 @@ def test_longrope_is_another_model_within_its_original_context(tmp_path: Path) -
     folder = save_family(tmp_path / "m", "phi3 with longrope")
     oracle = stored_in_16_bits(build_family("phi3 with longrope"))
     decoder = load_decoder(folder, ReferenceBackend())
-    assert decoder.config.max_position_embeddings == 50
-    prompt = random_prompt(50, 0, seed=3)
-    run_step(decoder, caches_for(decoder, 4), [(prompt, 50)])
+    assert decoder.config.max_position_embeddings == 20
+    prompt = random_prompt(20, 0, seed=3)
+    run_step(decoder, caches_for(decoder, 2), [(prompt, 20)])
     difference = torch.stack(prompt.logits) - oracle_logits(oracle, prompt.token_ids)
     assert difference.abs().max() < 1e-4
 

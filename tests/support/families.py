@@ -126,7 +126,7 @@ def _phi3_with_longrope() -> PretrainedConfig:
     factors = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 4.0, 7.0, 20.0]}
     rope = {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.5, **factors}
     return Phi3Config(
-        **LLAMA_LIKE, original_max_position_embeddings=50, rope_parameters=rope, sliding_window=None
+        **LLAMA_LIKE, original_max_position_embeddings=20, rope_parameters=rope, sliding_window=None
     )
 
 
