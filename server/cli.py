@@ -649,8 +649,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         if config.allow_insecure:
             logger.warning("allow_insecure is set: whoever reaches %s may call", config.host)
         print(
-            f"lowbit serves {arguments.checkpoint} on {config.host}:{server.port}; "
-            f"metrics on http://{config.host}:{server.metrics_port}/metrics",
+            f"lowbit serves {arguments.checkpoint} on {server.address}; "
+            f"metrics on http://{server.metrics_address}/metrics",
             flush=True,
         )
 

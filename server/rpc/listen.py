@@ -47,6 +47,13 @@ def server_options(config: ServerConfig) -> list[tuple[str, int]]:
     return options
 
 
+def address_of(host: str, port: int) -> str:
+    """As clients write it."""
+    if host.startswith(UNIX_PREFIX):
+        return host
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def compression(config: ServerConfig) -> grpc.Compression:
     return grpc.Compression.Gzip if config.compression == "gzip" else grpc.Compression.NoCompression
 
@@ -112,7 +119,7 @@ def bind(
     """The port bound; 0 for a Unix socket. Raises CannotListen."""
     if host.startswith(UNIX_PREFIX):
         return _bind_unix(server, host)
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = address_of(host, port)
     try:
         _try_to_bind(host, port)
         if secure is not None:

@@ -25,7 +25,7 @@ from .deployment import Deployment, Engine, Loaded
 from .generation import GenerationServicer
 from .health import HealthServicer
 from .kserve import InferenceServicer
-from .listen import UNIX_PREFIX, bind, compression, credentials, server_options
+from .listen import UNIX_PREFIX, address_of, bind, compression, credentials, server_options
 from .model import ModelServicer
 from .reflection import add_reflection
 from .requests import RequestServer
@@ -75,9 +75,8 @@ class GenerationServer:
         config = self._config
         self._grpc_server = self._create_grpc_server()
         self.port = bind(self._grpc_server, config.host, config.port, credentials(config))
-        metrics_host = _LOOPBACK if config.host.startswith(UNIX_PREFIX) else config.host
         self._metrics_server = start_metrics_server(
-            metrics_host, config.metrics_port, self._metrics.registry
+            self._metrics_host, config.metrics_port, self._metrics.registry
         )
         self.metrics_port = self._metrics_server.port
         if config.control_host:
@@ -96,6 +95,20 @@ class GenerationServer:
         self._deployment.open(loaded)
         self._health.set_serving(True)
         self._health_task = asyncio.create_task(self._follow_engine_health(loaded.engine))
+
+    @property
+    def address(self) -> str:
+        """Where clients reach it."""
+        return address_of(self._config.host, self.port)
+
+    @property
+    def metrics_address(self) -> str:
+        """Where Prometheus reaches it."""
+        return address_of(self._metrics_host, self.metrics_port)
+
+    @property
+    def _metrics_host(self) -> str:
+        return _LOOPBACK if self._config.host.startswith(UNIX_PREFIX) else self._config.host
 
     @property
     def num_requests(self) -> int:
@@ -235,7 +248,7 @@ async def serve(
     with _stop_signals(on_second=server.hurry) as stop_requested:
         try:
             await server.start()
-            logger.info("listening on %s:%d", config.host, server.port)
+            logger.info("listening on %s", server.address)
             engine = await _open(server, load, warm_up, stop_requested)
             if engine is None:
                 return False

@@ -428,11 +428,11 @@ async def test_a_unix_socket(tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/socket"
     for _ in range(2):  # what a server left behind is in nobody's way
         rig = make_rig(config=replace(CONFIG, host=address))
-        async with running(rig), AsyncClient(address) as client:
+        async with running(rig), AsyncClient(rig.server.address) as client:
             assert (await client.generate("Hi")).text == "Hello, world!"
 
 
 async def test_ipv6() -> None:
     rig = make_rig(config=replace(CONFIG, host="::1"))
-    async with running(rig), AsyncClient(f"[::1]:{rig.server.port}") as client:
+    async with running(rig), AsyncClient(rig.server.address) as client:
         assert (await client.generate("Hi")).text == "Hello, world!"
