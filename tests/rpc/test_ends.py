@@ -13,6 +13,7 @@ from dataclasses import replace
 import grpc
 import grpc.aio
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lowbit.server.client import AsyncClient, Delta
@@ -231,6 +232,9 @@ async def test_requests_that_outlast_the_grace_are_told_so() -> None:
             assert isinstance(error, grpc.aio.AioRpcError)
             assert error.code() is StatusCode.UNAVAILABLE
             assert "the server stopped before the request was finished" in (error.details() or "")
+            metadata = dict(error.trailing_metadata() or ())
+            status = status_pb2.Status.FromString(metadata["grpc-status-details-bin"])
+            assert any(each.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for each in status.details)
 
 
 async def test_a_drain_can_be_hurried() -> None:
