@@ -3,8 +3,8 @@
     python tests/benchmarks/engine.py CHECKPOINT [--only itl|chat|cold] [--streams 8]
         [--prompt-tokens 1000 6000]
 
-itl:  streams decode; a long prompt arrives. Inter-token latencies of the streams before it and
-      while it is computed, without and with --max-itl-stretch.
+itl:  streams decode; a long prompt arrives. Inter-token latencies of the streams while it is
+      computed, without and with --max-itl-stretch, and of the same tokens without the prompt.
 chat: five turns of a conversation, each prompt holding all before it. TTFT of each turn with and
       without the prefix cache.
 cold: prompts that have nothing in common. Throughput with and without the prefix cache, in turns.
@@ -30,6 +30,7 @@ from lowbit.server.model.loader import load_decoder
 from lowbit.server.types import SamplingParams
 
 STREAM_PROMPT_TOKENS = 64
+MAX_STREAM_TOKENS = 4000
 NUM_TURNS = 5
 TURN_TOKENS = 300  # of a question
 ANSWER_TOKENS = 40
@@ -79,18 +80,27 @@ def itl(decoder: Decoder, num_streams: int, prompt_tokens: list[int]) -> Figures
 def inter_token_latencies(
     decoder: Decoder, num_streams: int, prompt_tokens: int, stretch: float
 ) -> tuple[list[float], list[float], float]:
-    """(without the long prompt, while it is computed, the long prompt's TTFT), in seconds."""
-    engine = make_engine(decoder, max_itl_stretch=stretch)
-    for i in range(num_streams):
-        add(engine, f"s{i}", random_prompt(decoder, STREAM_PROMPT_TOKENS, i), 1500)
-    while engine.scheduler.num_waiting:
-        engine.step()
-    run_steps(engine, 10)
-    alone = run_steps(engine, 100)
+    """(without the long prompt, while it is computed, the long prompt's TTFT), in seconds.
+
+    Both of the same tokens of the streams: their contexts grow meanwhile, and make steps longer.
+    """
+    engine = start_streams(decoder, num_streams, stretch)
     add(engine, "long", random_prompt(decoder, prompt_tokens, 99), 4)
     began = time.perf_counter()
     beside = run_until(engine, lambda output: output.request_id == "long")
-    return alone, beside, time.perf_counter() - began
+    ttft = time.perf_counter() - began
+    alone = run_steps(start_streams(decoder, num_streams, stretch), len(beside))
+    return alone, beside, ttft
+
+
+def start_streams(decoder: Decoder, num_streams: int, stretch: float) -> LLMEngine:
+    engine = make_engine(decoder, max_itl_stretch=stretch)
+    for i in range(num_streams):
+        add(engine, f"s{i}", random_prompt(decoder, STREAM_PROMPT_TOKENS, i), MAX_STREAM_TOKENS)
+    while engine.scheduler.num_waiting:
+        engine.step()
+    run_steps(engine, 10)
+    return engine
 
 
 def run_steps(engine: LLMEngine, num_steps: int) -> list[float]:
