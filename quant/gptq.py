@@ -34,8 +34,9 @@ from .grid import Grid, GridSearch, round_scale
 from .products import PRECISIONS
 
 BLOCK_SIZE = 128  # columns whose updates of the rest are applied together (paper, section 3.3)
-ROWS_AT_ONCE = 2048  # output features solved together
-SOLVED_AT_ONCE = 1 << 22  # their weights, at most
+FACTOR_ROWS = 512  # of a Hessian's factor that are found together
+ROWS_AT_ONCE = 4096  # output features solved together
+SOLVED_AT_ONCE = 1 << 21  # their weights, at most
 ROUNDED_AT_ONCE = 1 << 22  # weights of a matrix that are rounded to nearest together
 MAX_DAMP_PERCENT = 1.0
 DAMP_STEP = 10.0
@@ -153,21 +154,30 @@ class Factor:
     """What the solver needs of a Hessian; one serves every layer that reads the same inputs."""
 
     order: Tensor  # [K] int64: the j-th visited input feature
-    root: Tensor  # [K, K] fp64, see `factorize`
+    # L^-1, see `factorize`: panels of FACTOR_ROWS rows, up to their last diagonal element.
+    root: Sequence[Tensor]  # [rows, end] fp64
     damping: float  # what was added to the diagonal
     damp_percent: float  # the damping that worked, at least what was asked for
 
     def rows(self, start: int, end: int) -> Tensor:
         """Rows of U, [end - start, K] fp32, with inverse(H + damping) = U^T U in visiting order."""
-        size = len(self.root)
+        size = len(self.order)
         end = min(end, size)
-        return self.root[size - end : size - start].flip(0, 1).to(torch.float32)
+        found = torch.zeros(end - start, size)
+        first, last = size - end, size - start  # of the root's rows, which are U's backwards
+        for i, panel in enumerate(self.root):
+            above = i * FACTOR_ROWS
+            rows = panel[max(first - above, 0) : max(last - above, 0)]
+            place = above + max(first - above, 0) - first
+            found[place : place + len(rows), : panel.shape[1]] = rows
+        return found.flip(0, 1)
 
     def conditional_curvature(self) -> Tensor:
         """1 / inverse(H + damping)_kk, [K] fp32, in the features' own order."""
         visited = torch.zeros(len(self.order), dtype=torch.float64)
-        for start in range(0, len(self.order), BLOCK_SIZE):
-            visited += self.root[start : start + BLOCK_SIZE].square().sum(dim=0)
+        for panel in self.root:
+            for rows in panel.split(BLOCK_SIZE):
+                visited[: panel.shape[1]] += rows.square().sum(dim=0)
         own = torch.empty_like(visited)
         own[self.order] = 1 / visited.flip(0)
         return own.to(torch.float32)
@@ -204,10 +214,11 @@ def solve(
     trusted = fallback is None
     dead = (hessian.diagonal() == 0) & trusted
     factors: dict[int, Factor] = {}
-    solutions = []
+    solutions: dict[int, Solution] = {}
     if drifts is not None and drift_hessian is not None and fallback is None:
         fallback = _retarget_all(drifts, drift_hessian, config.damp_percent)
-    for i, (weight, module) in enumerate(zip(weights, modules, strict=True)):
+    layers = list(zip(weights, modules, strict=True))
+    for module in dict.fromkeys(modules):
         size = hessian.shape[0] if module.group_size == -1 else module.group_size
         key = size if config.act_order == "group" else 0
         if fallback is None and key not in factors:
@@ -226,11 +237,14 @@ def solve(
             grids=_grid_search(module, config),
             config=config,
         )
-        move = None if drifts is None or factor is None else drifts[i]
-        if move is not None and factor is not None and drift_hessian is None:
-            _retarget(move, factor)
-        solutions.append(_solve_in_slices(problem, weight, move, fallback))
-    return solutions
+        own = [i for i, (_, other) in enumerate(layers) if other == module]
+        moves = None if drifts is None or factor is None else [drifts[i] for i in own]
+        if moves is not None and factor is not None and drift_hessian is None:
+            for move in moves:
+                _retarget(move, factor)
+        found = _solve_in_slices(problem, [weights[i] for i in own], moves, fallback)
+        solutions |= zip(own, found, strict=True)
+    return [solutions[i] for i in range(len(layers))]
 
 
 def round_to_nearest(
@@ -280,7 +294,7 @@ def factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
 
     With J the reversal of all rows, J H J = L L^T gives H = (J L J) (J L J)^T, and J L J is upper
     triangular. So inverse(H) = U^T U with U = J L^-1 J: one factorization and one triangular
-    inverse, and no inverse of H. `root` is L^-1; both steps are done in place, in fp64.
+    inverse, and no inverse of H. `root` is L^-1; both steps are done in fp64.
 
     Damping adds damp_percent of the mean diagonal; where that does not make the matrix positive
     definite it is raised tenfold, up to MAX_DAMP_PERCENT. Raises SolverError when nothing helps.
@@ -290,18 +304,45 @@ def factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
     mean = float(diagonal[~dead].mean(dtype=torch.float64)) if not bool(dead.all()) else 1.0
     backwards = order.flip(0)
     for damp in _dampings(damp_percent):
-        matrix = _permuted(hessian, backwards)
         # A feature that was always zero depends on no other: any positive number stands for it.
-        matrix.diagonal().add_(torch.where(dead[backwards], mean, damp * mean))
-        lower, failed = matrix.mT, torch.empty((), dtype=torch.int32)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if not int(failed):
-            _invert_lower_triangle(lower)
-            return Factor(order=order, root=lower, damping=damp * mean, damp_percent=damp)
+        added = torch.where(dead[backwards], mean, damp * mean)
+        root = _inverse_factor(hessian, backwards, added)
+        if root is not None:
+            return Factor(order=order, root=root, damping=damp * mean, damp_percent=damp)
     raise SolverError(
         f"the Hessian of its inputs is not positive definite even with damp_percent "
         f"{MAX_DAMP_PERCENT:g}"
     )
+
+
+def _inverse_factor(hessian: Tensor, order: Tensor, added: Tensor) -> list[Tensor] | None:
+    """X = L^-1 for hessian[order][:, order] + diag(added) = L L^T as the panels of a `Factor`.
+
+    None: the matrix is not positive definite. A panel at a time, so that no more than a triangle
+    is in memory: with A its rows, its part of L is A X^T of the panels above, and that of X
+    is -L_ii^-1 L X before the diagonal.
+    """
+    root: list[Tensor] = []
+    for start in range(0, len(order), FACTOR_ROWS):
+        rows = order[start : start + FACTOR_ROWS]
+        end = start + len(rows)
+        panel = hessian[rows][:, order[:end]].to(torch.float64)
+        panel.diagonal(start).add_(added[start:end])
+        before, own = panel[:, :start], panel[:, start:]
+        lower, inverse = torch.empty_like(before), torch.zeros_like(before)
+        parts = lower.split(FACTOR_ROWS, 1) if root else ()
+        for above, part in zip(root, parts, strict=True):
+            part.copy_(before[:, : above.shape[1]] @ above.t())
+        factor, failed = torch.linalg.cholesky_ex(own.addmm_(lower, lower.t(), alpha=-1))
+        if int(failed):
+            return None
+        for above, part in zip(root, parts, strict=True):
+            inverse[:, : above.shape[1]].addmm_(part, above)
+        unit = torch.eye(len(rows), dtype=torch.float64)
+        own.copy_(torch.linalg.solve_triangular(factor, unit, upper=False))
+        before.copy_(own @ inverse).neg_()
+        root.append(panel)
+    return root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,40 +368,64 @@ class _Problem:
 
 
 def _solve_in_slices(
-    problem: _Problem, weight: Tensor, move: Tensor | None, fallback: str | None
-) -> Solution:
-    """`move` [N, K]: what is added to the weight before it is rounded."""
-    num_features, num_rows = weight.shape[1], weight.shape[0]
+    problem: _Problem,
+    weights: Sequence[Tensor],
+    moves: Sequence[Tensor] | None,
+    fallback: str | None,
+) -> list[Solution]:
+    """`moves`, [N_i, K] each: what is added to the weights before they are rounded.
+
+    The rows of all layers are solved as if they were one layer's.
+    """
+    sizes, num_features = [len(weight) for weight in weights], len(problem.dead)
+    num_rows = sum(sizes)
     codes = torch.empty(num_features, num_rows, dtype=torch.uint8)
     scales = torch.empty(problem.num_groups, num_rows, dtype=torch.float16)
     zeros = torch.empty(problem.num_groups, num_rows, dtype=torch.uint8)
-    lost = energy = 0.0
+    row_lost, row_energy = (torch.zeros(num_rows, dtype=torch.float64) for _ in range(2))
     height = rows_at_once(num_features)
     for start in range(0, num_rows, height):
-        part = slice(start, start + height)
-        original = weight[part].to(torch.float32)
+        part = slice(start, min(start + height, num_rows))
+        original = _rows_of(weights, part).to(torch.float32)
         target = torch.where(problem.dead, 0.0, original)
-        if move is not None:
-            target = target + move[part]
+        if moves is not None:
+            target += _rows_of(moves, part)
         columns = target.t().contiguous()
         found, grid = _solve_rows(columns, problem)
         codes[:, part], scales[:, part], zeros[:, part] = found, grid.scale, grid.zero
         error = columns - _dequantize(found, grid, problem.group_of)
-        lost += _squared_output(error.t(), problem.hessian)
-        energy += _squared_output(original, problem.hessian)
-    return Solution(
-        quantized=QuantizedWeight(
-            bits=problem.grids.bits,
-            group_size=problem.group_size,
-            codes=codes,
-            scales=scales,
-            zeros=zeros,
-        ),
-        lost=max(lost, 0.0),
-        energy=energy,
-        damp_percent=problem.factor.damp_percent if problem.factor else MAX_DAMP_PERCENT,
-        fallback=fallback,
+        row_lost[part] = _squared_outputs(error.t(), problem.hessian)
+        row_energy[part] = _squared_outputs(original, problem.hessian)
+    quantized = QuantizedWeight(
+        bits=problem.grids.bits,
+        group_size=problem.group_size,
+        codes=codes,
+        scales=scales,
+        zeros=zeros,
     )
+    return [
+        Solution(
+            quantized=part,
+            lost=max(float(lost.sum()), 0.0),
+            energy=float(energy.sum()),
+            damp_percent=problem.factor.damp_percent if problem.factor else MAX_DAMP_PERCENT,
+            fallback=fallback,
+        )
+        for part, lost, energy in zip(
+            quantized.split(sizes), row_lost.split(sizes), row_energy.split(sizes), strict=True
+        )
+    ]
+
+
+def _rows_of(matrices: Sequence[Tensor], part: slice) -> Tensor:
+    """Rows of all matrices as if they stood on top of each other, a view where that is possible."""
+    found, start = [], 0
+    for matrix in matrices:
+        first, last = max(part.start - start, 0), min(part.stop - start, len(matrix))
+        if first < last:
+            found.append(matrix[first:last])
+        start += len(matrix)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _solve_rows(target: Tensor, problem: _Problem) -> tuple[Tensor, Grid]:
@@ -390,13 +455,12 @@ def _column_by_column(target: Tensor, problem: _Problem, factor: Factor) -> tupl
             grid.scale[groups[start]], grid.zero[groups[start]] = found.scale, found.zero
         upper = factor.rows(start, end)
         block, within = live[start:end], upper[:, start:end]
-        errors = torch.empty_like(block)
-        steps, columns = within.diagonal().tolist(), order[start:end].tolist()
+        upper /= within.diagonal().clone()[:, None]
+        errors, columns = torch.empty_like(block), order[start:end].tolist()
         for j, (value, error) in enumerate(zip(block.unbind(), errors.unbind(), strict=True)):
             own = grids[groups[start + j]]
-            code = own.quantize(value)
-            rows[columns[j]].copy_(code)
-            torch.sub(value, own.dequantize(code), out=error).div_(steps[j])
+            code = own.quantize(value, out=rows[columns[j]])
+            own.error(value, code, out=error)
             block[j + 1 :].addr_(within[j, j + 1 :], error, alpha=-1)
         live[end:].addmm_(upper[:, end:].t(), errors, alpha=-1)
     return codes, grid
@@ -568,29 +632,9 @@ def _blocks(groups: list[int], *, whole_groups: bool) -> Iterator[tuple[int, int
         first = stop
 
 
-def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
-    """hessian[order][:, order] in fp64 with no third matrix in memory."""
-    matrix = torch.empty_like(hessian, dtype=torch.float64)
-    for start in range(0, len(order), BLOCK_SIZE):
-        matrix[start : start + BLOCK_SIZE] = hessian[order[start : start + BLOCK_SIZE]][:, order]
-    return matrix
-
-
-def _invert_lower_triangle(lower: Tensor) -> None:
-    """In place, block by block: with the inverse X of the rows above, X_j: = -X_jj L_j: X."""
-    for start in range(0, len(lower), BLOCK_SIZE):
-        rows = lower[start : start + BLOCK_SIZE]
-        own = rows[:, start : start + BLOCK_SIZE]
-        inverse = torch.linalg.solve_triangular(
-            own, torch.eye(len(own), dtype=own.dtype), upper=False
-        )
-        rows[:, :start] = -inverse @ (rows[:, :start] @ lower[:start, :start])
-        own.copy_(inverse)
-
-
-def _squared_output(matrix: Tensor, hessian: Tensor) -> float:
-    """||M X||^2 = sum of (M H) * M. [N, K], [K, K]"""
-    return float(((matrix @ hessian) * matrix).sum(dtype=torch.float64))
+def _squared_outputs(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """||m X||^2 of every row m, the sums over m H times m, [N] fp64. [N, K], [K, K]"""
+    return ((matrix @ hessian) * matrix).sum(dim=1, dtype=torch.float64)
 
 
 def _dampings(damp_percent: float) -> list[float]:

@@ -29,12 +29,15 @@ class Grid:
     zero: Tensor  # like scale, fp32 with the value of an integer in [0, 2**bits - 1]
     bits: int
 
-    def quantize(self, values: Tensor) -> Tensor:
+    def quantize(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
         """round(values / scale) + zero, clamped to [0, 2**bits - 1], as floats."""
-        return (values / self.scale).round_().add_(self.zero).clamp_(0, (1 << self.bits) - 1)
+        codes = torch.div(values, self.scale, out=out)
+        return codes.round_().add_(self.zero).clamp_(0, (1 << self.bits) - 1)
 
-    def dequantize(self, codes: Tensor) -> Tensor:
-        return (codes - self.zero).mul_(self.scale)
+    def error(self, values: Tensor, codes: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """What the codes lack, values - scale * (codes - zero)."""
+        centered = torch.sub(codes, self.zero, out=out)
+        return torch.addcmul(values, centered, self.scale, value=-1, out=centered)
 
     def __getitem__(self, group: int) -> Grid:
         return Grid(scale=self.scale[group], zero=self.zero[group], bits=self.bits)
@@ -78,7 +81,7 @@ class GridSearch:
         return best
 
     def _loss(self, weight: Tensor, importance: Tensor, grid: Grid) -> Tensor:
-        error = grid.dequantize(grid.quantize(weight)).sub_(weight)
+        error = grid.error(weight, grid.quantize(weight))
         error = error.square_() if self.exponent == 2 else error.abs_().pow_(self.exponent)
         return importance @ error
 

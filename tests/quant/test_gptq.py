@@ -362,7 +362,11 @@ def test_packed_codes_are_the_solvers(bits: int, features: int, sym: bool) -> No
 
 @pytest.mark.parametrize("features", [1, 17, 130, 300])
 @pytest.mark.parametrize("damp_percent", [0.001, 0.05])
-def test_the_factor_is_the_inverses_cholesky(features: int, damp_percent: float) -> None:
+@pytest.mark.parametrize("panel_rows", [512, 50])
+def test_the_factor_is_the_inverses_cholesky(
+    features: int, damp_percent: float, panel_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq, "FACTOR_ROWS", panel_rows)
     hessian = hessian_of(correlated_inputs(3 * features + 3, features))
     order = torch.randperm(features, generator=torch.Generator().manual_seed(features))
     factor = factorize(hessian, order, damp_percent)
