@@ -246,17 +246,30 @@ def round_to_nearest(model: PreTrainedModel, case: Case) -> PreTrainedModel:
 def run_measured(command: list[str], log: Path) -> Cost:
     """Wall time and peak resident memory of a process, from its start to its end."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    peak = 0
     with log.open("wb") as file:
         started = time.perf_counter()
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent, env=environment
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        while process.poll() is None:
+            peak = max(peak, peak_bytes(process.pid))
+            time.sleep(0.2)
         seconds = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command[0]} failed with status {process.returncode}; see {log}")
-    return Cost(seconds=round(seconds, 1), peak_bytes=usage.ru_maxrss * 1024)
+    return Cost(seconds=round(seconds, 1), peak_bytes=peak)
+
+
+def peak_bytes(pid: int) -> int:
+    """Of the program that the process runs now: what `wait4` gives counts this one's memory, too,
+    which the child has before it is another program.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def time_interleaved(bench: Bench, name: str, rounds: int) -> dict[str, list[float]]:

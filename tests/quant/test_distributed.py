@@ -104,12 +104,17 @@ def test_two_processes(tmp_path: Path) -> None:
     assert second["errors"] == [own, told, None]
 
 
-def test_two_processes_find_the_codes_of_one(tiny_source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("drift_tokens", [None, 1024], ids=["drift on all", "on one batch"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_two_processes_find_the_codes_of_one(
+    tiny_source: Path, tmp_path: Path, drift_tokens: int | None, precision: str
+) -> None:
     """Every tensor of the checkpoint, bit for bit, though each sees half of the batches."""
     text = tmp_path / "text"
     text.write_text(calibration.reference_text()[:20_000], encoding="utf-8")
     options = ["--calibration", str(text), "--num-sequences", "20", "--sequence-length", "128"]
-    options += ["--drift-tokens", "1024"]  # one of three batches
+    options += ["--precision", precision]
+    options += [] if drift_tokens is None else ["--drift-tokens", str(drift_tokens)]
     arguments = ["quantize", str(tiny_source), str(tmp_path / "two"), *options]
     done = torchrun(tmp_path, QUANTIZE, *arguments, "--lm-head-bits", "8")
     assert done.stdout.count("wrote ") == 1
@@ -121,7 +126,7 @@ def test_two_processes_find_the_codes_of_one(tiny_source: Path, tmp_path: Path) 
             str(tiny_source),
             tmp_path / "one",
             config,
-            solver=SolverConfig(drift_tokens=1024),
+            solver=SolverConfig(drift_tokens=drift_tokens, precision=precision),
             calibration_file=text,
             num_sequences=20,
             sequence_length=128,
