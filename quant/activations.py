@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,15 +33,21 @@ class ActivationStore:
         self._folder = folder
         self._kind = kind
         self._limit_bytes = limit_bytes
+        self._lock = Lock()
         self._held: dict[int, tuple[int, Tensor]] = {}  # batch -> its newest layer and state
 
     def put(self, layer: int, batch: int, hidden: Tensor) -> None:
-        """Keep a batch's way into `layer`; its earlier states leave the memory."""
-        self._held.pop(batch, None)
+        """Keep a batch's way into `layer`; its earlier states leave the memory.
+
+        Several threads may, for a batch of their own.
+        """
+        with self._lock:
+            self._held.pop(batch, None)
         self._write(self._path(layer, batch), hidden)
-        used = sum(tensor.nbytes for _, tensor in self._held.values())
-        if used + hidden.nbytes <= self._limit_bytes:
-            self._held[batch] = layer, hidden
+        with self._lock:
+            used = sum(tensor.nbytes for _, tensor in self._held.values())
+            if used + hidden.nbytes <= self._limit_bytes:
+                self._held[batch] = layer, hidden
 
     def get(self, layer: int, batch: int) -> Tensor:
         found, hidden = self._held.get(batch, (None, None))

@@ -6,6 +6,8 @@ Shapes: K input features, T tokens.
 
 from __future__ import annotations
 
+from threading import Lock
+
 import torch
 from torch import Tensor
 
@@ -15,15 +17,17 @@ PANEL_ROWS = 256  # of 128, 256 and 512 the fastest on a CPU: 0.62 of the time o
 class HessianSum:
     """A growing Hessian: its upper triangle in fp64, as panels of PANEL_ROWS rows.
 
-    Every batch's product is taken in fp32 and added in fp64. Such a sum is exact, so that it has
-    the same value however the batches are spread over processes, unless two products of one
-    element differ by a factor of 2 ** 29; even then it is off by 2 ** -53 before it is rounded to
-    fp32. The fp64 triangle takes the memory of the fp32 matrix that it becomes.
+    Every batch's product is taken in the dtype `products` and added in fp64. Such a sum is exact,
+    so that it has the same value however the batches are spread over processes, unless two products
+    of one element differ by a factor of 2 ** 29; even then it is off by 2 ** -53 before it is
+    rounded to fp32. The fp64 triangle takes the memory of the fp32 matrix that it becomes.
     """
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, *, products: torch.dtype = torch.float32) -> None:
         self.num_features = num_features
+        self._products = products
         self.num_tokens = 0
+        self._lock = Lock()
         self.panels = [  # each [rows, K - start] fp64: the triangle from its first row on
             torch.zeros(
                 min(PANEL_ROWS, num_features - start), num_features - start, dtype=torch.float64
@@ -32,13 +36,22 @@ class HessianSum:
         ]
 
     def add(self, inputs: Tensor) -> None:
-        """Add a batch of inputs, [..., K] fp32."""
-        rows = inputs.reshape(-1, self.num_features)
-        self.num_tokens += len(rows)
+        """Add a batch of inputs, [..., K] fp32. Several threads may."""
+        rows = inputs.reshape(-1, self.num_features).to(self._products)
+        with self._lock:
+            self.num_tokens += len(rows)
         if len(rows):
             for i, panel in enumerate(self.panels):
                 start = i * PANEL_ROWS
-                panel.add_(rows[:, start : start + PANEL_ROWS].t() @ rows[:, start:])
+                product = rows[:, start : start + PANEL_ROWS].t() @ rows[:, start:]
+                with self._lock:
+                    panel.add_(product)
+
+    def include(self, other: HessianSum) -> None:
+        """Add another sum's batches."""
+        self.num_tokens += other.num_tokens
+        for mine, theirs in zip(self.panels, other.panels, strict=True):
+            mine.add_(theirs)
 
     def is_finite(self) -> bool:
         """An input that is not finite, or whose square is not, leaves its mark on the diagonal."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class LayeredModel:
         self.tied_head = f"{head_name}.weight" in self._skeleton.tied
         self._returns_tuple: bool | None = None
         self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._lock = Lock()  # of the calls: to find one out, the model is run
         self._fill_resident({f"{embedding_path}.weight", f"{head_name}.weight"})
         self._stand_in: PackedEmbedding | None = None  # for the embedding, during `embed`
         self._look_up_in_fp32(embedding)
@@ -299,13 +301,14 @@ class LayeredModel:
         self._returns_tuple = isinstance(layer(self.embed(ids), *args, **kwargs), tuple)
 
     def _calls_for(self, shape: torch.Size) -> list[Call]:
-        """What every layer is given besides hidden states of that shape."""
+        """What every layer is given besides hidden states of that shape. Threads may ask."""
         key = tuple(shape[:2])
-        if key not in self._calls:
-            while len(self._calls) >= MAX_SHAPES:
-                self._calls.pop(next(iter(self._calls)))
-            self._calls[key] = self._capture(key)
-        return self._calls[key]
+        with self._lock:
+            if key not in self._calls:
+                while len(self._calls) >= MAX_SHAPES:
+                    self._calls.pop(next(iter(self._calls)))
+                self._calls[key] = self._capture(key)
+            return self._calls[key]
 
     def _capture(self, shape: tuple[int, ...]) -> list[Call]:
         calls: list[Call] = []

@@ -2,13 +2,14 @@
 
 Each batch's forward pass is a coroutine that pauses before the first linear layer of a group and
 hands over that group's input. Once the group is quantized the passes go on behind it, so every
-group sees the effect of all earlier ones and no part of the layer is computed twice. Knows nothing
-of Hessians or files.
+group sees the effect of all earlier ones and no part of the layer is computed twice. A pass stays
+with the thread that began it. Knows nothing of Hessians or files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
 
@@ -16,8 +17,17 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from .errors import SourceError
+from .workers import Workers
 
 Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """What a batch brings to a group of linear layers."""
+
+    inputs: Tensor  # [..., K]
+    stream: Tensor | None  # the residual stream that their output is added to, if that was asked
 
 
 class LayerPasses:
@@ -27,6 +37,8 @@ class LayerPasses:
     a batch's input to the layer. With `keep_paused` all batches wait inside the layer at the same
     time; without, a batch starts again for every group and only one is in memory. The numbers are
     the same. `streams` names, for some of the groups, a module whose input is wanted as well.
+
+    Batches may pass in several threads at once, by `workers.map` over all of `batches`.
     """
 
     def __init__(
@@ -36,6 +48,7 @@ class LayerPasses:
         forward: Forward,
         load: Callable[[int], Tensor],
         batches: Sequence[int],
+        workers: Workers,
         *,
         keep_paused: bool,
         streams: Mapping[int, str] | None = None,
@@ -44,7 +57,8 @@ class LayerPasses:
         self._groups = groups
         self._forward = forward
         self._load = load
-        self._batches = batches
+        self.batches = batches
+        self._workers = workers
         self.keeps_paused = keep_paused
         self._streams = streams or {}
         self._passes: dict[int, _Pass] = {}
@@ -56,38 +70,37 @@ class LayerPasses:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for waiting in self._passes.values():
-            waiting.end()
-        self._passes.clear()
+        self._workers.map(self._end, self.batches)
         self._hooks.remove()
 
-    def inputs(self, group: int) -> Iterator[Tensor]:
-        """The group's input of every batch that reaches it, [..., K]. Groups come in order."""
-        for taken in self.inputs_and_streams(group):
-            yield taken[0]
-            del taken  # one batch at a time
-
-    def inputs_and_streams(self, group: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The same, and the input of the module that `streams` names for the group, if any."""
+    def take(self, group: int, batch: int) -> Taken | None:
+        """What the batch brings to the group; None if it never reaches it. Groups come in order,
+        each for all batches before the next.
+        """
         self._hooks.first_open = group
-        stream = self._streams.get(group)
-        for batch in self._batches:
-            current = self._advance(batch, group)
-            if current.group == group:
-                assert current.inputs is not None
-                yield current.inputs, None if stream is None else current.watched[stream]
-            if not self.keeps_paused:
-                current.end()
+        current = self._advance(batch, group)
+        taken = None
+        if current.group == group:
+            assert current.inputs is not None
+            name = self._streams.get(group)
+            stream = None if name is None else current.watched[name]
+            taken = Taken(inputs=current.inputs, stream=stream)
+        if not self.keeps_paused:
+            current.end()
+        return taken
 
-    def outputs(self) -> Iterator[tuple[int, Tensor]]:
-        """The layer's output of every batch, in order; each is forgotten here once it is taken."""
+    def output(self, batch: int) -> Tensor:
+        """The layer's output, once no group of the batch is wanted any more; forgotten here."""
         self._hooks.first_open = len(self._groups)
-        for batch in self._batches:
-            output = self._advance(batch, len(self._groups)).output
-            self._passes.pop(batch, None)
-            assert output is not None
-            yield batch, output
-            del output
+        output = self._advance(batch, len(self._groups)).output
+        self._passes.pop(batch, None)
+        assert output is not None
+        return output
+
+    def _end(self, batch: int) -> None:
+        current = self._passes.pop(batch, None)
+        if current is not None:
+            current.end()
 
     def _advance(self, batch: int, group: int) -> _Pass:
         """The batch's pass, stopped at `group` or later, or finished."""

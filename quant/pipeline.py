@@ -48,6 +48,7 @@ from .report import ModuleReport, QuantizeReport, read_report, write_report
 from .sensitivity import choose, measure, with_widths
 from .source import Source, load_source
 from .stages import Calibration, LayerQuantizer, find_targets, load_layer, to_fp16
+from .workers import Workers, num_workers
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,9 @@ DEFAULT_NUM_SEQUENCES = 16
 DEFAULT_SEQUENCE_LENGTH = 512
 DEFAULT_ACTIVATION_MEMORY_BYTES = 2 << 30
 MIN_TARGET_BPW, MAX_TARGET_BPW = 2.0, 16.0
-# Tokens in one forward pass, about. With 4,096 its intermediate results leave the processor's
-# cache: norms, activations and rotary embeddings take some four times as long.
-BATCH_TOKENS = 1024
+# Tokens in one forward pass of one thread, about. With 4,096 its intermediate results leave the
+# processor's cache: norms, activations and rotary embeddings take some four times as long.
+BATCH_TOKENS = 512
 MAX_BATCH_SIZE = 8  # sequences in one forward pass
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 4 << 20  # glibc's name of the option, and its value
 MAX_SCANNED_BYTES = 1 << 30  # of a source whose every weight is looked at before work starts
@@ -237,7 +238,7 @@ class _Run:
             ActivationStore(self._journal.folder, limit // 2, kind="wanted") if num_drift else None
         )
         stores = {store: own} if wanted is None else {store: own, wanted: own_drift}
-        with self._bar() as bar:
+        with Workers(num_workers(_hidden_size(self._source))) as workers, self._bar() as bar:
             quantizer = LayerQuantizer(
                 self._model,
                 self._config,
@@ -253,6 +254,7 @@ class _Run:
                 store,
                 wanted,
                 self._ranks,
+                workers,
                 activation_memory_bytes=self._settings.activation_memory_bytes,
                 on_group=lambda reports: bar.set_postfix_str(_describe(reports), refresh=True),
             )
@@ -596,7 +598,7 @@ def _check_disk(settings: Settings, source: Source, model: LayeredModel) -> None
     whole = _num_bytes_16bit(source)
     outside = sum(2 * tensor.numel() for tensor in model.other_tensors().values())
     packed = (whole - outside) * settings.config.bits // 16
-    hidden_size = getattr(source.config.get_text_config(), "hidden_size", 0)
+    hidden_size = _hidden_size(source)
     num_tokens = settings.num_sequences * settings.sequence_length
     models = 1 if settings.solver.drift == "none" else 2
     needed = outside + 2 * packed + models * 2 * 4 * num_tokens * hidden_size
@@ -608,6 +610,10 @@ def _check_disk(settings: Settings, source: Source, model: LayeredModel) -> None
         raise QuantError(
             f"{settings.out}: {needed >> 20} MiB are needed, {free >> 20} MiB are free"
         )
+
+
+def _hidden_size(source: Source) -> int:
+    return int(getattr(source.config.get_text_config(), "hidden_size", 0))
 
 
 def _fingerprint(settings: Settings, prepared: _Prepared) -> Fingerprint:
@@ -638,5 +644,10 @@ def _num_bytes_16bit(source: Source) -> int:
 
 
 def _peak_memory_bytes() -> int:
+    """Of this program; the kernel's figure for the process may be that of who started it."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

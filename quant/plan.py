@@ -36,6 +36,7 @@ from .products import MAX_ROUNDED_BITS, product_dtype, resolve_precision
 from .skeleton import Skeleton
 from .stages import CODES_AT_ONCE, ROWS_AT_ONCE
 from .units import format_bytes, format_seconds
+from .workers import num_workers
 
 # Memory that `nvidia-smi` reports, in MiB: what is left of the size on the box.
 GPU_MEMORY_MIB = {
@@ -60,8 +61,8 @@ USABLE_GPU_FRACTION = 0.9
 PROCESS_BYTES = 460 << 20  # measured after the imports and a first product
 TOKENIZER_BYTES = 1400  # of an entry of the vocabulary, measured on one of 49,152
 SUM_BYTES = 4  # of K * K: a triangle in fp64
-DRIFT_BYTES = 8 + 4  # of a number in the drift's sum: fp64, and fp32 when a product is added
-FACTOR_BYTES = 4 + 8  # of K * K: the Hessian in fp32 and its factor in fp64
+DRIFT_BYTES = 8  # of a number in the drift's sum
+FACTOR_BYTES = 4 + 4  # of K * K: the Hessian in fp32 and its factor, a triangle in fp64
 SOLVER_BYTES = 36  # of K * N for the rows that are solved together: targets, codes, slopes
 ROW_BYTES = 24  # of K * N for the rows that are packed together: wide codes and their periods
 CODE_BYTES = 1  # of K * N for the layers of a group, before they are packed
@@ -529,9 +530,10 @@ def _layer_phases(
         }
         early = num_passes < 2 * num_sequences  # the drift's Hessian is not that of all tokens
         drift = _drift_weights(group) if model.corrects_drift else 0
-        batch = min(num_sequences, batch_size(length)) * state * PASS_WIDTH * max(hidden, columns)
+        passing = min(num_sequences, num_workers(hidden) * batch_size(length))
+        batch = passing * state * PASS_WIDTH * max(hidden, columns)
         codes = max(
-            SOLVER_BYTES * min(SOLVED_AT_ONCE, columns * min(rows, SOLVER_ROWS)),
+            SOLVER_BYTES * min(SOLVED_AT_ONCE, columns * SOLVER_ROWS, weights),
             ROW_BYTES * min(CODES_AT_ONCE, columns * min(rows, ROWS_AT_ONCE)),
         )
         found = {
@@ -540,7 +542,7 @@ def _layer_phases(
                 **common,
                 "the Hessian": SUM_BYTES * columns**2 * (2 if early and drift else 1),
                 "the drift": DRIFT_BYTES * drift,
-                "one batch of a forward pass": batch,
+                "the batches that pass": batch,
             },
             "solving": {
                 **_layer_terms(model, solver, before, 0 if keeps_paused else before),
@@ -659,7 +661,7 @@ def _time(
 def _solving_seconds(group: Sequence[Linear], rates: Rates, sweeps: int) -> float:
     columns = group[0].in_features
     weights = sum(linear.num_weights for linear in group)
-    slices = sum(-(-linear.out_features // rows_at_once(columns)) for linear in group)
+    slices = -(-sum(linear.out_features for linear in group) // rows_at_once(columns))
     operations = SOLVER_OPERATIONS + SWEEP_OPERATIONS * sweeps
     products = operations * weights * columns / rates.matmul
     return slices * columns * rates.solver_column + weights * rates.solver_weight + products

@@ -1,7 +1,7 @@
-"""What linear layers compute in while calibration text passes through them.
+"""What linear layers compute in while calibration text passes through them, and what is added up.
 
-Processors that multiply bfloat16 do so twice as fast as fp32. Sums stay in fp32, and so does all
-else: the residual stream, Hessians, the solver. What that costs stands in docs/performance.md.
+Processors that multiply bfloat16 do so twice as fast as fp32. Sums stay in fp32 or fp64, and so
+does all else: the residual stream, the solver. What that costs stands in docs/performance.md.
 """
 
 from __future__ import annotations

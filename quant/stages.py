@@ -6,12 +6,11 @@ Knows nothing of files: what is finished is an `Entry`. Shapes: K input and N ou
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,10 @@ from .gptq import QuantizedWeight, Solution, SolverConfig, solve
 from .hessian import HessianSum
 from .journal import Entry
 from .layers import LayeredModel
-from .passes import LayerPasses, paused_bytes
+from .passes import LayerPasses, Taken, paused_bytes
 from .products import product_dtype
 from .report import ModuleReport
+from .workers import Workers
 
 ROWS_AT_ONCE = 2048  # of a matrix that are packed or put in place together, to save memory
 CODES_AT_ONCE = 1 << 22  # of a matrix that are packed together, where its rows are long
@@ -56,8 +56,8 @@ class TargetGroup:
     stream: str | None  # see LinearGroup
 
 
-# A group's input in one batch, and the residual stream that its output is added to, if any.
-Taken = tuple[Tensor, Tensor | None]
+# What a batch brings to a group, and what the 16-bit model's would be, where that passes beside.
+Pair = tuple[Taken | None, Taken | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +92,7 @@ class LayerQuantizer:
         store: ActivationStore,
         wanted: ActivationStore | None,
         ranks: Ranks,
+        workers: Workers,
         *,
         activation_memory_bytes: int,
         on_group: Callable[[Sequence[ModuleReport]], None],
@@ -104,6 +105,7 @@ class LayerQuantizer:
         self._store = store
         self._wanted = wanted  # the 16-bit model's hidden states, where drift is corrected
         self._ranks = ranks
+        self._workers = workers
         self._activation_memory_bytes = activation_memory_bytes
         self._on_group = on_group
 
@@ -118,29 +120,24 @@ class LayerQuantizer:
         with ExitStack() as stack:
             passes = stack.enter_context(self._passes(layer, index, groups))
             wanted = None
-            num_drift = len(self._calibration.drift_batches)
             if self._wanted is not None:
                 original = self._model.load_layer(index, products=self._products)
                 layers.append(original)
                 wanted = stack.enter_context(self._passes(original, index, groups, wanted=True))
             for i, group in enumerate(groups):
-                linears = [_linear(layer, target.name) for target in group.targets]
-                taken = passes.inputs_and_streams(i)
-                goals = None if wanted is None else wanted.inputs_and_streams(i)
-                pairs = _pairs(taken, goals, num_drift)
-                if passes.keeps_paused and i:
-                    passed = [target.name for target in groups[i - 1].targets]
-                    pairs = _then_forget(pairs, passed, layers)
-                weights, found = self._quantize_group(group, linears, pairs)
-                for target, linear, weight in zip(group.targets, linears, weights, strict=True):
-                    install(linear, weight, self._products)
+                passed = groups[i - 1].targets if passes.keeps_paused and i else ()
+                take = partial(_take, i, passes, wanted)
+                weights, found = self._quantize_group(group, layers, take, passed)
+                for target, weight in zip(group.targets, weights, strict=True):
+                    install(_linear(layer, target.name), weight, self._products)
                     packed[target.full_name] = weight
                 reports += found
                 self._on_group(found)
             with self._ranks.together():
-                self._keep_outputs(index, passes.outputs(), self._store)
+                self._keep_outputs(index, passes, self._calibration.batches, self._store)
                 if wanted is not None and self._wanted is not None:
-                    self._keep_outputs(index, wanted.outputs(), self._wanted)
+                    drifting = self._calibration.drift_batches
+                    self._keep_outputs(index, wanted, drifting, self._wanted)
         quantized = {target.name for group in groups for target in group.targets}
         tensors = self._model.layer_tensors(layer, index, quantized)
         return Entry(packed=packed, tensors=to_fp16(tensors), modules=tuple(reports))
@@ -150,7 +147,8 @@ class LayerQuantizer:
         if self._wanted is not None:
             original = self._model.load_layer(index, products=self._products)
             with self._passes(original, index, [], wanted=True) as passes:
-                self._keep_outputs(index, passes.outputs(), self._wanted)
+                drifting = self._calibration.drift_batches
+                self._keep_outputs(index, passes, drifting, self._wanted)
             del original
         layer = load_layer(self._model, index)
         groups = find_targets(self._model, layer, index, self._config)
@@ -158,7 +156,7 @@ class LayerQuantizer:
             weight = entry.packed[target.full_name]
             install(_linear(layer, target.name), weight, self._products)
         with self._passes(layer, index, []) as passes:
-            self._keep_outputs(index, passes.outputs(), self._store)
+            self._keep_outputs(index, passes, self._calibration.batches, self._store)
 
     def quantize_head(self, weight: Tensor, bias: Tensor | None) -> Entry:
         """Quantize the output head, [N, K] as stored; it reads what the last layer left."""
@@ -193,17 +191,30 @@ class LayerQuantizer:
     def _quantize_group(
         self,
         group: TargetGroup,
-        linears: Sequence[nn.Linear],
-        pairs: Iterable[tuple[Taken, Taken | None]],
+        layers: Sequence[nn.Module],
+        take: Callable[[int], Pair],
+        passed: Sequence[Target],
     ) -> tuple[list[PackedWeight], list[ModuleReport]]:
-        """`pairs`: what the group is given in each batch, and what the 16-bit model's would be."""
-        started = time.monotonic()
-        targets, weights = group.targets, [linear.weight for linear in linears]
-        summed, drift = self._sum(weights, pairs, has_residual=group.stream is not None)
+        """`layers`: the layer, and the 16-bit model's where that passes beside it. Those of the
+        linear layers called `passed` are not needed any more once all batches have come here.
+        """
+        started, targets = time.monotonic(), group.targets
+        linears, originals = (
+            [_linear(layer, target.name) for target in targets] for layer in (layers[0], layers[-1])
+        )
+        summed, drift = self._sum(group, originals, take)
+        _forget([target.name for target in passed], layers)
+        weights = [linear.weight for linear in linears]
         with self._ranks.together():
             hessian, fallback = self._choose_hessian(targets[0], summed)
         solutions = solve_together(
-            targets, weights, hessian, self._solver, self._ranks, drift=drift, fallback=fallback
+            targets,
+            weights,
+            hessian,
+            self._solver,
+            self._ranks,
+            drift=drift,
+            fallback=fallback,
         )
         del hessian, drift
         packed = [
@@ -213,48 +224,53 @@ class LayerQuantizer:
         return packed, make_reports(targets, solutions, summed, time.monotonic() - started)
 
     def _sum(
-        self,
-        weights: Sequence[Tensor],
-        pairs: Iterable[tuple[Taken, Taken | None]],
-        *,
-        has_residual: bool,
+        self, group: TargetGroup, originals: Sequence[nn.Linear], take: Callable[[int], Pair]
     ) -> tuple[HessianSum, Drift | None]:
         """The Hessian and the drift over the batches of all ranks.
 
         There is no drift without the 16-bit model's hidden states, nor where a router sent other
         tokens to the layer than it would have at 16 bits.
         """
-        summed = HessianSum(weights[0].shape[1])
-        drift = early = None
+        weights, own = [linear.weight for linear in originals], self._calibration
+        new = partial(HessianSum, weights[0].shape[1], products=self._products)
+        beside, alone, drift = new(), None, None
         if self._wanted is not None:
+            has_residual = group.stream is not None
             drift = DriftSum(weights, has_residual=has_residual, products=self._products)
-        num_strayed = torch.tensor(0)
+            alone = None if own.all_drift else new()
+        drifting, strayed = set(own.drift_batches), []
+
+        def add(batch: int) -> None:
+            taken, goal = take(batch)
+            if taken is not None:
+                summed = beside if alone is None or batch in drifting else alone
+                summed.add(taken.inputs)
+            if drift is None or batch not in drifting:
+                return
+            if taken is not None and goal is not None and taken.inputs.shape == goal.inputs.shape:
+                drift.add(taken.inputs, goal.inputs, _lacking(taken, goal))
+            elif taken is not goal:
+                strayed.append(batch)
+
         with self._ranks.together():
-            for (inputs, stream), wanted in pairs:
-                if wanted is None and early is None and drift is not None:
-                    early = copy.deepcopy(summed)
-                summed.add(inputs)
-                if drift is None or wanted is None:
-                    continue
-                if inputs.shape != wanted[0].shape:
-                    num_strayed += 1
-                    continue
-                lacking = None if stream is None or wanted[1] is None else wanted[1] - stream
-                drift.add(inputs, wanted[0], lacking)
-        num_strayed += summed.num_tokens != self._calibration.own_tokens
-        if drift is not None and early is None and not self._calibration.all_drift:
-            early = copy.deepcopy(summed)
-        self._add_over_ranks(summed)
+            self._workers.map(add, own.batches)
+        num_tokens = beside.num_tokens + (0 if alone is None else alone.num_tokens)
+        num_strayed = torch.tensor(len(strayed) + (num_tokens != own.own_tokens))
+        self._add_over_ranks(beside)
+        whole = beside
+        if alone is not None:
+            self._add_over_ranks(alone)
+            alone.include(beside)
+            whole = alone
         if drift is None:
-            return summed, None
+            return whole, None
         self._ranks.add(num_strayed)
         for part in drift.sums:
             self._ranks.add(part)
-        if early is not None:
-            self._add_over_ranks(early)
         if int(num_strayed):
-            return summed, None
-        return summed, Drift(sums=drift.finish(), hessian=None if early is None else early.finish())
+            return whole, None
+        hessian = None if alone is None else beside.finish()
+        return whole, Drift(sums=drift.finish(), hessian=hessian)
 
     def _sum_hessian(self, num_features: int, inputs: Iterable[Tensor]) -> HessianSum:
         """Over the batches of all ranks."""
@@ -303,51 +319,51 @@ class LayerQuantizer:
         def forward(hidden: Tensor) -> Tensor:
             return self._model.call_layer(layer, index, hidden)
 
-        def load(batch: int) -> Tensor:
-            return store.get(index, batch)
-
         calibration = self._calibration
         batches = calibration.drift_batches if wanted else calibration.batches
+        held = 0
         with self._ranks.together():
-            held = paused_bytes(layer, names, forward, load(batches[0])[:1]) if batches else 0
-        held *= calibration.num_passes
+            if batches:
+                probe = store.get(index, batches[0])[:1]
+                held = calibration.num_passes * paused_bytes(layer, names, forward, probe)
         return LayerPasses(
             layer,
             names,
             forward,
-            load,
+            partial(store.get, index),
             batches,
+            self._workers,
             keep_paused=held <= self._activation_memory_bytes,
             streams=streams,
         )
 
     def _keep_outputs(
-        self, index: int, outputs: Iterator[tuple[int, Tensor]], store: ActivationStore
+        self, index: int, passes: LayerPasses, batches: Sequence[int], store: ActivationStore
     ) -> None:
-        for batch, output in outputs:
+        def keep(batch: int) -> None:
+            output = passes.output(batch)
             if not bool(torch.isfinite(output).all()):
                 name = self._model.layer_name(index)
                 raise QuantError(f"{name}: its outputs hold values that are not finite")
             store.put(index + 1, batch, output)
 
-
-def _pairs(
-    taken: Iterator[Taken], wanted: Iterator[Taken] | None, count: int
-) -> Iterator[tuple[Taken, Taken | None]]:
-    """`wanted` is there for the first `count` batches."""
-    pairs = zip(islice(taken, count), () if wanted is None else wanted, strict=True)
-    return chain(pairs, ((one, None) for one in taken))
+        self._workers.map(keep, batches)
 
 
-def _then_forget(
-    pairs: Iterator[tuple[Taken, Taken | None]],
-    names: Sequence[str],
-    layers: Sequence[nn.Module],
-) -> Iterator[tuple[Taken, Taken | None]]:
-    """Once all pairs are taken, the linear layers of these names, which no pass needs any more,
-    give their weights' memory back.
+def _take(group: int, passes: LayerPasses, wanted: LayerPasses | None, batch: int) -> Pair:
+    beside = wanted if wanted is not None and batch in wanted.batches else None
+    return passes.take(group, batch), None if beside is None else beside.take(group, batch)
+
+
+def _lacking(taken: Taken, goal: Taken) -> Tensor | None:
+    """What the residual stream has lost, if that is asked."""
+    return None if taken.stream is None or goal.stream is None else goal.stream - taken.stream
+
+
+def _forget(names: Sequence[str], layers: Sequence[nn.Module]) -> None:
+    """The linear layers of these names, which no pass needs any more, give their weights' memory
+    back.
     """
-    yield from pairs
     for layer in layers:
         for name in names:
             _linear(layer, name).weight = nn.Parameter(torch.empty(0), requires_grad=False)

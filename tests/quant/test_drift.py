@@ -27,9 +27,12 @@ def weights_of(sizes: tuple[int, ...]) -> list[Tensor]:
 
 @pytest.mark.parametrize("has_residual", [True, False])
 @pytest.mark.parametrize("sizes", [FEW, MANY])
-def test_the_sum_is_that_of_fp64(sizes: tuple[int, ...], has_residual: bool) -> None:
+@pytest.mark.parametrize(("products", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_the_sum_is_that_of_fp64(
+    sizes: tuple[int, ...], has_residual: bool, products: torch.dtype, tolerance: float
+) -> None:
     weights, data = weights_of(sizes), batches(sum(sizes))
-    drift = DriftSum(weights, has_residual=has_residual)
+    drift = DriftSum(weights, has_residual=has_residual, products=products)
     expected = torch.zeros(sum(sizes), FEATURES, dtype=torch.float64)
     for x, y, lacking in data:
         drift.add(x, y, lacking if has_residual else None)
@@ -40,7 +43,7 @@ def test_the_sum_is_that_of_fp64(sizes: tuple[int, ...], has_residual: bool) -> 
         expected += wanted.t() @ x
     found = drift.finish()
     assert [len(part) for part in found] == list(sizes)
-    torch.testing.assert_close(torch.cat(found).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(found).double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("sizes", [FEW, MANY])

@@ -35,6 +35,20 @@ def test_the_sum_is_that_of_fp64(size: int) -> None:
     assert torch.equal(found, found.t())
 
 
+def test_products_of_bfloat16_are_off_by_their_rounding() -> None:
+    """2 ** -9 of a number when it is rounded: x, y, and their sum."""
+    inputs = batches(300)
+    rounded = HessianSum(300, products=torch.bfloat16)
+    for batch in inputs:
+        rounded.add(batch)
+    found, exact = rounded.finish(), summed(inputs).finish()
+    spread = exact.diagonal().sqrt()
+    off = (found - exact).abs() / spread / spread[:, None]
+    assert 2**-14 < off.max() < 3 * 2**-9
+    assert off.mean() < 2**-10
+    assert torch.equal(found, found.t())
+
+
 def test_the_order_of_the_batches_is_no_matter() -> None:
     inputs = batches(300, (16, 16, 40, 8))
     first = summed(inputs).finish()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lowbit.quant.errors import SourceError
 from lowbit.quant.passes import LayerPasses, paused_bytes
+from lowbit.quant.workers import Workers
 from torch import Tensor, nn
 
 GROUPS = [["a", "b"], ["c"], ["d"]]
@@ -52,22 +53,40 @@ def make_batches() -> list[Tensor]:
     return batches
 
 
-def walk(layer: Layer, batches: list[Tensor], *, keep_paused: bool) -> list[list[Tensor]]:
+def passes_of(
+    layer: Layer,
+    load: Callable[[int], Tensor],
+    *,
+    groups: list[list[str]] = GROUPS,
+    keep_paused: bool = True,
+    workers: Workers | None = None,
+) -> LayerPasses:
+    """Of four batches."""
+    workers = workers or Workers(1)
+    return LayerPasses(layer, groups, layer, load, range(4), workers, keep_paused=keep_paused)
+
+
+def inputs_of(passes: LayerPasses, group: int, workers: Workers | None = None) -> list[Tensor]:
+    """Of every batch that reaches the group."""
+    found = (workers or Workers(1)).map(lambda batch: passes.take(group, batch), range(4))
+    return [taken.inputs.clone() for taken in found if taken is not None]
+
+
+def walk(
+    layer: Layer, batches: list[Tensor], *, keep_paused: bool, num_workers: int = 1
+) -> list[list[Tensor]]:
     """Every group's inputs, then the outputs; a group's weights change behind it."""
     found = []
     with (
         torch.inference_mode(),
-        LayerPasses(
-            layer, GROUPS, layer, lambda i: batches[i], range(4), keep_paused=keep_paused
-        ) as passes,
+        Workers(num_workers) as workers,
+        passes_of(layer, batches.__getitem__, keep_paused=keep_paused, workers=workers) as passes,
     ):
         for i, names in enumerate(GROUPS):
-            found.append([inputs.clone() for inputs in passes.inputs(i)])
+            found.append(inputs_of(passes, i, workers))
             for name in names:
                 layer.get_submodule(name).get_parameter("weight").data *= 0.5
-        pairs = list(passes.outputs())
-        assert [index for index, _ in pairs] == [0, 1, 2, 3]
-        found.append([output for _, output in pairs])
+        found.append(workers.map(passes.output, range(4)))
     return found
 
 
@@ -92,9 +111,10 @@ def recomputed(batches: list[Tensor]) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("keep_paused", [True, False])
-def test_every_group_is_seen_behind_the_changed_ones(keep_paused: bool) -> None:
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_every_group_is_seen_behind_the_changed_ones(keep_paused: bool, num_workers: int) -> None:
     batches = make_batches()
-    found = walk(Layer(), batches, keep_paused=keep_paused)
+    found = walk(Layer(), batches, keep_paused=keep_paused, num_workers=num_workers)
     expected = recomputed(batches)
     assert [len(group) for group in found] == [4, 2, 4, 4]
     for mine, theirs in zip(found, expected, strict=True):
@@ -107,7 +127,8 @@ def test_paused_passes_compute_nothing_twice() -> None:
     assert layer.calls == {"a": 4, "b": 4, "c": 2, "d": 4}
 
 
-def test_the_passes_end_with_the_context() -> None:
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_passes_end_with_the_context(num_workers: int) -> None:
     layer, batches = Layer(), make_batches()
     seen = []
 
@@ -116,8 +137,11 @@ def test_the_passes_end_with_the_context() -> None:
         seen.append(weakref.ref(batch))
         return batch
 
-    with LayerPasses(layer, GROUPS, layer, load, range(4), keep_paused=True) as passes:
-        assert len(list(passes.inputs(0))) == 4
+    with (
+        Workers(num_workers) as workers,
+        passes_of(layer, load, workers=workers) as passes,
+    ):
+        assert len(inputs_of(passes, 0, workers)) == 4
         assert all(batch() is not None for batch in seen)
     assert all(batch() is None for batch in seen)
     hooks = [len(layer.get_submodule(name)._forward_pre_hooks) for name in "abcd"]
@@ -134,9 +158,9 @@ def test_replayed_passes_hold_one_batch_at_a_time() -> None:
         seen.append(weakref.ref(batch))
         return batch
 
-    with LayerPasses(layer, GROUPS, layer, load, range(4), keep_paused=False) as passes:
-        for inputs in passes.inputs(0):
-            del inputs
+    with passes_of(layer, load, keep_paused=False) as passes:
+        for batch in range(4):
+            assert passes.take(0, batch) is not None
     assert len(seen) == 4
 
 
@@ -147,12 +171,10 @@ def test_an_error_inside_a_pass_comes_out() -> None:
             raise ArithmeticError("inside")
 
     layer = Broken()
-    with LayerPasses(
-        layer, [["a"], ["c"]], layer, lambda _: make_batches()[0], range(4), keep_paused=True
-    ) as passes:
-        assert len(list(passes.inputs(0))) == 4
+    with passes_of(layer, lambda _: make_batches()[0], groups=[["a"], ["c"]]) as passes:
+        assert len(inputs_of(passes, 0)) == 4
         with pytest.raises(ArithmeticError, match="inside"):
-            list(passes.inputs(1))
+            inputs_of(passes, 1)
 
 
 @pytest.mark.parametrize("groups", [[["c"], ["a"]], [["a"], ["d"], ["c"]]])
@@ -160,14 +182,12 @@ def test_groups_out_of_order_are_refused(groups: list[list[str]]) -> None:
     layer = Layer()
     batches = make_batches()
     with (
-        LayerPasses(
-            layer, groups, layer, lambda i: batches[i], range(4), keep_paused=True
-        ) as passes,
+        passes_of(layer, batches.__getitem__, groups=groups) as passes,
         pytest.raises(SourceError, match="used twice in a layer, or out of order"),
     ):
         for i in range(len(groups)):
-            list(passes.inputs(i))
-        list(passes.outputs())
+            inputs_of(passes, i)
+        Workers(1).map(passes.output, range(4))
 
 
 def test_a_layer_used_twice_is_refused() -> None:
@@ -178,13 +198,11 @@ def test_a_layer_used_twice_is_refused() -> None:
 
     layer = Twice()
     with (
-        LayerPasses(
-            layer, [["a"]], layer, lambda _: make_batches()[0], range(1), keep_paused=True
-        ) as passes,
+        passes_of(layer, lambda _: make_batches()[0], groups=[["a"]]) as passes,
         pytest.raises(SourceError, match="a: is used twice"),
     ):
-        list(passes.inputs(0))
-        list(passes.outputs())
+        inputs_of(passes, 0)
+        Workers(1).map(passes.output, range(4))
 
 
 def test_what_a_paused_pass_holds_is_counted() -> None:

@@ -196,7 +196,7 @@ def test_memory_is_that_of_one_layer_and_the_text() -> None:
     waiting = plan(
         LLAMA_65B, num_sequences=16, sequence_length=512, activation_memory_bytes=8 * GIB
     )
-    assert held(waiting)["the same at 16 bits"] == 2 * (8192 * 22_016 + 2 * 8192)
+    assert held(waiting)["the same at 16 bits"] == 2 * (3 * 8192 * 22_016 + 2 * 8192)
     # One decoder layer at a time: twice the layers, hardly more memory.
     twice = LlamaConfig(**{**LLAMA_65B.to_dict(), "num_hidden_layers": 160})
     assert plan(twice).peak_memory_bytes == plan(LLAMA_65B).peak_memory_bytes
