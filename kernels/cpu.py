@@ -341,5 +341,5 @@ def _int4_planes(
     ]
 
 
-def create(precision: str = "auto", kv_cache_dtype: str = "auto") -> CpuBackend:
-    return CpuBackend(precision, kv_cache_dtype)
+def create(cpu_precision: str = "auto", kv_cache_dtype: str = "auto") -> CpuBackend:
+    return CpuBackend(cpu_precision, kv_cache_dtype)

@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 _MODULES = {"triton": "triton_backend"}  # where it is not the backend's own name
+_CHOICES = {
+    "triton": ("dtype", "kv_cache_dtype"),
+    "cpu": ("cpu_precision", "kv_cache_dtype"),
+    "reference": (),
+}
 
 
 class BackendUnavailable(ValueError):
@@ -46,7 +51,7 @@ class ForwardBatch:
 class KVCache:
     """Keys and values of one layer in blocks: two tensors [num_blocks, block_size, Hkv, D].
 
-    Where they are integers, a number of theirs is its integer times its token's and head's scale.
+    Where they are of 8 bits, a number of theirs is times its token's and head's scale.
     """
 
     keys: Tensor
@@ -130,10 +135,6 @@ class KernelBackend(Protocol):
         self, q: Tensor, cache: KVCache, plan: AttentionPlan, spec: AttentionSpec
     ) -> Tensor:
         """Causal attention over the cached keys and values: q [T, H, D] -> [T, H * D]."""
-
-    def check_attention(self, spec: AttentionSpec) -> None:
-        """Asked at load for every layer. Raises BackendUnavailable for what is not implemented."""
-        return None
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, like x."""
@@ -281,12 +282,17 @@ def _has_tensor_core_gpu() -> bool:
 
 
 def load_backend(
-    name: str, cpu_precision: str = "auto", kv_cache_dtype: str = "auto"
+    name: str,
+    cpu_precision: str = "auto",
+    kv_cache_dtype: str = "auto",
+    dtype: str = "auto",
+    model_dtype: torch.dtype | None = None,
 ) -> KernelBackend:
     """The backend of that name; `auto` is triton where there is a GPU, else cpu, and says so once.
 
-    The precision and the dtype of the cache are for the cpu backend alone. Raises
-    BackendUnavailable for a name that is unknown or cannot work on this machine.
+    `cpu_precision` is for the cpu backend alone, `dtype` (with auto, the model's own) for triton,
+    `kv_cache_dtype` for both. Raises BackendUnavailable for a name that is unknown or cannot work
+    on this machine.
     """
     if name not in BACKENDS:
         raise BackendUnavailable(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
@@ -295,13 +301,14 @@ def load_backend(
         chosen = "triton" if _has_tensor_core_gpu() else "cpu"
     # Imported by name so that a backend's own dependencies load only where it is used.
     module = importlib.import_module(f".{_MODULES.get(chosen, chosen)}", __package__)
-    choices = {"cpu_precision": cpu_precision, "kv_cache_dtype": kv_cache_dtype}
+    choices = {"cpu_precision": cpu_precision, "kv_cache_dtype": kv_cache_dtype, "dtype": dtype}
     for choice, value in choices.items():
-        if chosen != "cpu" and value != "auto":
+        if choice not in _CHOICES[chosen] and value != "auto":
             raise BackendUnavailable(
                 f"{choice} is {value!r}; the {chosen} backend has no such choice"
             )
-    options = (cpu_precision, kv_cache_dtype) if chosen == "cpu" else ()
-    backend: KernelBackend = module.create(*options)
+    taken = {choice: choices[choice] for choice in _CHOICES[chosen]}
+    own = {"model_dtype": model_dtype} if chosen == "triton" else {}
+    backend: KernelBackend = module.create(**taken, **own)
     logger.info("backend %s: %s", chosen, backend.name)
     return backend

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .interface import Activation
 from .triton_launch import on_device_of
 
-_SILU_BLOCK = 1024
+_MUL_BLOCK = 1024
 
 
 @triton.jit
@@ -43,13 +44,30 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _silu_mul_kernel(
+def _activated(x, ACTIVATION: tl.constexpr):
+    """`interface.Activation` of x in fp32."""
+    if ACTIVATION == "silu":
+        y = x / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
+    elif ACTIVATION == "gelu":
+        y = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2 u))
+        u = x * (1.0 + 0.044715 * x * x) * 0.7978845608028654
+        y = x / (1.0 + tl.exp(tl.minimum(-2.0 * u, 80.0)))
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        y = tl.where(x < 0.0, 0.0, x)
+    return y
+
+
+@triton.jit
+def _activate_mul_kernel(
     gate_up,
     permutation,
     y,
     num_features,
     BLOCK: tl.constexpr,
     PERMUTED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)
     features = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -60,7 +78,7 @@ def _silu_mul_kernel(
     start = gate_up + row * 2 * num_features
     gate = tl.load(start + sources, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(start + num_features + sources, mask=inside, other=0.0).to(tl.float32)
-    product = gate / (1.0 + tl.exp(-gate)) * up
+    product = _activated(gate, ACTIVATION) * up
     tl.store(y + row * num_features + features, product.to(y.dtype.element_ty), mask=inside)
 
 
@@ -79,8 +97,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, permutation: Tensor | None =
     return y
 
 
-def silu_mul(gate_up: Tensor, permutation: Tensor | None = None) -> Tensor:
-    """silu(gate) * up of the halves of a row, in the order `permutation`: [T, 2 F] -> [T, F].
+def activate_mul(
+    gate_up: Tensor, activation: Activation, permutation: Tensor | None = None
+) -> Tensor:
+    """activation(gate) * up of a row's halves, in the order `permutation`: [T, 2 F] -> [T, F].
 
     Raises ValueError for shapes that do not fit.
     """
@@ -88,7 +108,7 @@ def silu_mul(gate_up: Tensor, permutation: Tensor | None = None) -> Tensor:
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up is {tuple(gate_up.shape)}; its rows must have two equal halves")
     _check_permutation(permutation, gate_up.shape[1] // 2)
-    y: Tensor = _silu_mul(gate_up.contiguous(), permutation)
+    y: Tensor = _activate_mul(gate_up.contiguous(), activation.value, permutation)
     return y
 
 
@@ -129,24 +149,25 @@ def _(x: Tensor, weight: Tensor, eps: float, permutation: Tensor | None) -> Tens
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("lowbit::silu_mul", mutates_args=())
-def _silu_mul(gate_up: Tensor, permutation: Tensor | None) -> Tensor:
+@torch.library.custom_op("lowbit::activate_mul", mutates_args=())
+def _activate_mul(gate_up: Tensor, activation: str, permutation: Tensor | None) -> Tensor:
     num_rows, num_features = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(num_rows, num_features)
     if num_rows == 0:
         return y
     with on_device_of(gate_up):
-        _silu_mul_kernel[(triton.cdiv(num_features, _SILU_BLOCK), num_rows)](
+        _activate_mul_kernel[(triton.cdiv(num_features, _MUL_BLOCK), num_rows)](
             gate_up,
             gate_up if permutation is None else permutation,
             y,
             num_features,
-            BLOCK=_SILU_BLOCK,
+            BLOCK=_MUL_BLOCK,
             PERMUTED=permutation is not None,
+            ACTIVATION=activation,
         )
     return y
 
 
-@_silu_mul.register_fake
-def _(gate_up: Tensor, permutation: Tensor | None) -> Tensor:
+@_activate_mul.register_fake
+def _(gate_up: Tensor, activation: str, permutation: Tensor | None) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)

@@ -1,4 +1,4 @@
-"""Where a Triton kernel is launched."""
+"""Where, and on what, a Triton kernel is launched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import contextlib
 from contextlib import AbstractContextManager
 
 import torch
+import triton
 from torch import Tensor
+
+interpreted: bool = triton.knobs.runtime.interpret  # kernels run on the CPU, in numpy
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

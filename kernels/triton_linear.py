@@ -30,15 +30,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import FragmentWeight, PackedWeight, move, tile_inputs, to_fragments
-from .triton_launch import on_device_of
+from .triton_launch import interpreted, on_device_of
 from .tuning import BLOCK_K, GpuTuning, default_tuning, load_tuning, row_block
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _WEIGHT_SLICE_BYTES = 64 << 20  # of dequantized weights at a time, beyond the tensor-core tier
 _REDUCE_BLOCK = 1024
 DEQUANTIZE_N = 64  # outputs per program
-
-interpreted: bool = triton.knobs.runtime.interpret  # kernels run on the CPU, in numpy
 
 
 @triton.jit

@@ -35,11 +35,19 @@ class EngineConfig:
         "float32 weights; auto takes bfloat16 where the processor has vector code for it",
         choices=("auto", "bfloat16", "float32"),
     )
+    dtype: str = _setting(
+        "auto",
+        "of the triton backend: auto computes in bfloat16 where the checkpoint's config.json names "
+        "it, else in float16",
+        choices=("auto", "float16", "bfloat16"),
+    )
     block_size: int = _setting(16, "tokens per KV-cache block")
     kv_cache_dtype: str = _setting(
         "auto",
-        "of the cpu backend: int8 holds twice the tokens in the same memory, a little less exactly",
-        choices=("auto", "int8"),
+        "int8 and fp8 hold almost twice the tokens in the same memory, a little less exactly; auto "
+        "is what the backend computes in; all but int8 for triton alone, fp8 from compute "
+        "capability 8.9 on",
+        choices=("auto", "float16", "bfloat16", "fp8", "int8"),
     )
     kv_cache_memory_bytes: int | None = _setting(
         None,

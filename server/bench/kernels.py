@@ -1,12 +1,13 @@
 """`lowbit bench kernels`: correctness, then time, of the low-bit linear layers on this GPU.
 
 Of every shape and number of rows M: seconds, spread, speed-up over cuBLAS in fp16, and the share of
-the roofline, max(bytes / copy bandwidth, operations / fp16 rate), both measured first.
+the roofline, max(bytes / copy bandwidth, operations / fp16 rate), both measured first. What did not
+fit the run's seconds, or could not be run, is named with the reason and has no figure.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -19,9 +20,8 @@ from ...kernels.packing import (
     PackedWeight,
     dequantize,
     pack_codes,
-    unpack_codes,
 )
-from .timing import Timer, Timing
+from .timing import Budget, Timer, Timing
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 FEW_ROWS = (1, 16, 64)
@@ -43,22 +43,22 @@ class Shape:
     out_features: int
 
 
-SHAPES = (
+SHAPES = (  # what the bars are for comes first: seconds may run out
+    Shape("square 8192", 8192, 8192),
+    Shape("square 16384", 16384, 16384),
+    Shape("square 4096", 4096, 4096),
     Shape("Llama-3-8B qkv", 4096, 6144),
     Shape("Llama-3-8B o", 4096, 4096),
     Shape("Llama-3-8B gate+up", 4096, 28672),
     Shape("Llama-3-8B down", 14336, 4096),
-    Shape("Llama-2-13B qkv", 5120, 15360),
-    Shape("Llama-2-13B o", 5120, 5120),
-    Shape("Llama-2-13B gate+up", 5120, 27648),
-    Shape("Llama-2-13B down", 13824, 5120),
     Shape("Llama-3-70B qkv", 8192, 10240),
     Shape("Llama-3-70B o", 8192, 8192),
     Shape("Llama-3-70B gate+up", 8192, 57344),
     Shape("Llama-3-70B down", 28672, 8192),
-    Shape("square 4096", 4096, 4096),
-    Shape("square 8192", 8192, 8192),
-    Shape("square 16384", 16384, 16384),
+    Shape("Llama-2-13B qkv", 5120, 15360),
+    Shape("Llama-2-13B o", 5120, 5120),
+    Shape("Llama-2-13B gate+up", 5120, 27648),
+    Shape("Llama-2-13B down", 13824, 5120),
 )
 QUICK_SHAPES = tuple(shape for shape in SHAPES if shape.name in ("Llama-3-8B qkv", "square 8192"))
 
@@ -77,13 +77,21 @@ class Result:
 
     shape: str
     bits: int  # 16: cuBLAS
-    kernel: str  # lowbit's tier, cublas or gemlite
+    kernel: str  # lowbit's tier, cublas or a peer
     num_rows: int
     median_seconds: float
     lowest_seconds: float
     highest_seconds: float
     speedup: float  # over cuBLAS in fp16, of medians
     roofline_ratio: float  # of the floor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotMeasured:
+    """What has no figure, and why."""
+
+    what: str
+    reason: str
 
 
 def random_weight(shape: Shape, bits: int, device: torch.device, seed: int = 0) -> PackedWeight:
@@ -114,7 +122,7 @@ def check(device: torch.device, shape: Shape, rows: Sequence[int] = FEW_ROWS) ->
         errors = []
         for num_rows in rows:
             x = torch.randn(num_rows, shape.in_features, device=device).to(_DTYPE)
-            errors.append(_error(low_bit.linear(x, layer), x.double() @ exact.t()))
+            errors.append(mean_error(low_bit.linear(x, layer), x.double() @ exact.t()))
             if not errors[-1] < MAX_ERROR:
                 raise Wrong(
                     f"W{bits} {shape.name} at M = {num_rows}: mean error {errors[-1]:.1e}; "
@@ -123,7 +131,8 @@ def check(device: torch.device, shape: Shape, rows: Sequence[int] = FEW_ROWS) ->
         yield f"W{bits}: mean error {max(errors):.1e} for M = {', '.join(map(str, rows))}"
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
+def mean_error(actual: Tensor, expected: Tensor) -> float:
+    """mean |difference| / mean |expected|."""
     return float((actual.double() - expected).abs().mean() / expected.abs().mean())
 
 
@@ -160,12 +169,21 @@ def measure(
     rates: Rates,
     shapes: Sequence[Shape] = SHAPES,
     rows: Sequence[int] = ROWS,
-) -> Iterator[Result]:
-    """W4 at all rows, the other widths at a few, cuBLAS and gemlite (where installed) beside."""
+    budget: Budget | None = None,
+) -> Iterator[Result | NotMeasured]:
+    """W4 at all rows, the other widths at a few, cuBLAS beside."""
+    budget = budget or Budget(math.inf)
     for shape in shapes:
+        if not budget.left():
+            yield NotMeasured(what=shape.name, reason=f"{budget.seconds:.0f} seconds were spent")
+            continue
         dense = _measure_dense(device, timer, copies_of, rates, shape, rows)
         yield from dense.values()
         for bits in (4, 3, 2, 8):
+            if not budget.left():
+                reason = f"{budget.seconds:.0f} seconds were spent"
+                yield NotMeasured(what=f"{shape.name} at {bits} bits", reason=reason)
+                continue
             chosen = [m for m in rows if bits == 4 or m in FEW_ROWS]
             layer = low_bit.prepare(random_weight(shape, bits, device), device, _DTYPE)
             layers = copies(layer, copies_of(layer_bytes(layer)))
@@ -174,9 +192,8 @@ def measure(
                 timing = timer([_call(x, copy) for copy in layers])
                 tier = low_bit.tier_of(num_rows, low_bit.tuning_of(device))
                 floor = floor_seconds(shape, bits, num_rows, rates)
-                yield _result(shape, bits, tier, num_rows, timing, dense[num_rows], floor)
-        if importlib.util.find_spec("gemlite") and shape.name == "square 8192":
-            yield from _measure_gemlite(device, timer, copies_of, rates, shape, dense)
+                seconds = dense[num_rows].median_seconds
+                yield result_of(shape, bits, tier, num_rows, timing, seconds, floor)
 
 
 def copies(layer: FragmentWeight, count: int) -> list[FragmentWeight]:
@@ -216,7 +233,9 @@ def _measure_dense(
         x = torch.randn(num_rows, shape.in_features, device=device).to(_DTYPE)
         timing = timer([_dense_call(x, weight) for weight in weights])
         floor = floor_seconds(shape, 16, num_rows, rates)
-        results[num_rows] = _result(shape, 16, "cublas", num_rows, timing, None, floor)
+        results[num_rows] = result_of(
+            shape, 16, "cublas", num_rows, timing, timing.median_seconds, floor
+        )
     return results
 
 
@@ -224,60 +243,23 @@ def _dense_call(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.mm(x, weight.t())
 
 
-def _measure_gemlite(
-    device: torch.device,
-    timer: Timer,
-    copies_of: Callable[[int], int],
-    rates: Rates,
-    shape: Shape,
-    dense: dict[int, Result],
-) -> Iterator[Result]:
-    """gemlite tunes every row count for minutes: one shape, a few rows. Checked like ours."""
-    # Installed where somebody wants to compare; never a dependency.
-    gemlite = importlib.import_module("gemlite")
-    weight = random_weight(shape, 4, device)
-    layers = []
-    for _ in range(copies_of(shape.in_features * shape.out_features // 2)):
-        layer = gemlite.GemLiteLinear(
-            4, GROUP_SIZE, shape.in_features, shape.out_features, gemlite.DType.FP16,
-            gemlite.DType.FP16,
-        )  # fmt: skip
-        codes = unpack_codes(weight.qweight, 4, shape.in_features).t().contiguous()
-        zeros = weight.zeros.t().to(_DTYPE).contiguous()
-        layer.pack(codes, weight.scales.t().contiguous(), zeros)
-        layers.append(layer)
-    exact = dequantize(weight).double()
-    for num_rows in (m for m in FEW_ROWS if m in dense):
-        x = torch.randn(num_rows, shape.in_features, device=device).to(_DTYPE)
-        error = _error(layers[0](x), x.double() @ exact.t())
-        if not error < 10 * MAX_ERROR:
-            raise Wrong(f"gemlite at M = {num_rows}: mean error {error:.1e}")
-        timing = timer([_bound(layer, x) for layer in layers])
-        floor = floor_seconds(shape, 4, num_rows, rates)
-        yield _result(shape, 4, "gemlite", num_rows, timing, dense[num_rows], floor)
-
-
-def _bound(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    return lambda: function(x)
-
-
-def _result(
+def result_of(
     shape: Shape,
     bits: int,
     kernel: str,
     num_rows: int,
     timing: Timing,
-    dense: Result | None,
+    dense_seconds: float,  # cuBLAS, median
     floor: float,
 ) -> Result:
-    baseline = timing.median_seconds if dense is None else dense.median_seconds
+    """The timing beside cuBLAS and the roofline."""
     return Result(
         shape=shape.name,
         bits=bits,
         kernel=kernel,
         num_rows=num_rows,
         **asdict(timing),
-        speedup=baseline / timing.median_seconds,
+        speedup=dense_seconds / timing.median_seconds,
         roofline_ratio=floor / timing.median_seconds,
     )
 
@@ -288,8 +270,10 @@ HEADING = (
 )
 
 
-def format_result(result: Result) -> str:
+def format_result(result: Result | NotMeasured) -> str:
     """A row below HEADING."""
+    if isinstance(result, NotMeasured):
+        return f"{result.what}: not measured: {result.reason}"
     microseconds = (
         result.median_seconds * 1e6,
         result.lowest_seconds * 1e6,
@@ -300,3 +284,11 @@ def format_result(result: Result) -> str:
         f"{result.shape:<22}{result.bits:>5}  {result.kernel:<11}{result.num_rows:>5}{times}"
         f"{result.speedup:>8.2f}{100 * result.roofline_ratio:>8.0f}"
     )
+
+
+def as_lists(found: Sequence[Result | NotMeasured]) -> dict[str, list[dict[str, object]]]:
+    """For JSON: `results`, and `not_measured` with reasons."""
+    return {
+        "results": [asdict(each) for each in found if isinstance(each, Result)],
+        "not_measured": [asdict(each) for each in found if isinstance(each, NotMeasured)],
+    }

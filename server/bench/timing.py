@@ -19,6 +19,8 @@ import torch
 _CACHE_FACTOR = 5  # bytes that a round of calls reads, in L2 caches
 _MIN_ROUND_SECONDS = 2e-3
 _NUM_ROUNDS = 15
+_MIN_ROUNDS = 3
+_MAX_CASE_SECONDS = 1.0  # of measuring one case
 
 
 class NoDevice(ValueError):
@@ -32,6 +34,19 @@ class Timing:
     median_seconds: float
     lowest_seconds: float
     highest_seconds: float
+
+
+class Budget:
+    """Seconds that a run may take; what does not fit is left out and said to be."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
+        self._clock = clock
+        self._end = clock() + seconds
+
+    def left(self) -> float:
+        """Seconds; 0 once they are spent."""
+        return max(0.0, self._end - self._clock())
 
 
 class Timer(Protocol):
@@ -124,8 +139,10 @@ def time_in_graph(calls: Sequence[Callable[[], object]]) -> Timing:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    replays = max(1, int(_MIN_ROUND_SECONDS / _round_seconds(graph, 1)))
-    rounds = [_round_seconds(graph, replays) / replays / len(calls) for _ in range(_NUM_ROUNDS)]
+    once = _round_seconds(graph, 1)
+    replays = max(1, int(_MIN_ROUND_SECONDS / once))
+    num_rounds = max(_MIN_ROUNDS, min(_NUM_ROUNDS, int(_MAX_CASE_SECONDS / (once * replays))))
+    rounds = [_round_seconds(graph, replays) / replays / len(calls) for _ in range(num_rounds)]
     return Timing(statistics.median(rounds), min(rounds), max(rounds))
 
 

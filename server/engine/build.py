@@ -19,11 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_before_loading(folder: Path, backend: KernelBackend, config: EngineConfig) -> None:
-    """Reads no weights. Raises CheckpointError, InvalidConfig where they will not fit, or
-    BackendUnavailable for attention that the backend does not implement."""
+    """Reads no weights. Raises CheckpointError, or InvalidConfig where they will not fit."""
     model, weight_bytes = model_size(folder, config.max_model_len)
-    for layer in model.layers:
-        backend.check_attention(layer.attention)
     max_model_len = _max_model_len(model, config)
     usable = usable_bytes(backend.device, config)
     check_room(weight_bytes, model, backend, config, max_model_len, usable)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from ...quant.checkpoint import CheckpointReader
 from ..types import ModelInfo, QuantizationInfo
 from .config import ModelConfig
@@ -33,3 +35,11 @@ def model_size(folder: Path, max_model_len: int | None = None) -> tuple[ModelCon
     reader = CheckpointReader(folder)
     config = read_config(reader.config, reader.generation_config, max_model_len)
     return config, reader.num_bytes
+
+
+def model_dtype(folder: Path) -> torch.dtype | None:
+    """What config.json says the model was made in. Raises CheckpointError."""
+    config = CheckpointReader(folder).config
+    name = config.get("dtype") or config.get("torch_dtype")
+    dtype = getattr(torch, str(name), None)
+    return dtype if isinstance(dtype, torch.dtype) else None

@@ -95,7 +95,6 @@ class _Loader:
 
     def _attention(self, prefix: str, index: int) -> AttentionBlock:
         config, names, layer = self._config, self._names, self._config.layers[index]
-        self._backend.check_attention(layer.attention)
         hidden, head_dim = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
         qkv = self._linears(

@@ -11,7 +11,7 @@ from lowbit.kernels import triton_linear
 from lowbit.kernels.tuning import GpuTuning
 from lowbit.server.bench import kernels, tune
 from lowbit.server.bench.kernels import Rates, Shape
-from lowbit.server.bench.timing import Timing
+from lowbit.server.bench.timing import Budget, Timing
 from lowbit.server.cli import main
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -64,6 +64,30 @@ def test_every_width_is_timed_beside_a_dense_product() -> None:
     floor = kernels.floor_seconds(SMALL, 4, 2, RATES)
     assert found[3].roofline_ratio == pytest.approx(floor / 2e-5)
     assert len(kernels.format_result(found[3])) == len(kernels.HEADING)
+
+
+def test_what_does_not_fit_the_seconds_is_named_and_has_no_figure() -> None:
+    now = [0.0]
+    budget = Budget(10.0, clock=lambda: now[0])
+
+    def seconds() -> float:
+        now[0] += 3.0
+        return 2e-5
+
+    shapes = (SMALL, Shape("next", 256, 64))
+    found = list(
+        kernels.measure(DEVICE, scripted(seconds), lambda _: 1, RATES, shapes, (1, 2), budget)
+    )
+    assert [(r.bits, r.num_rows) for r in found[:4]] == [(16, 1), (16, 2), (4, 1), (4, 2)]
+    assert [each.what for each in found[4:]] == [
+        "small at 3 bits",
+        "small at 2 bits",
+        "small at 8 bits",
+        "next",
+    ]
+    assert "10 seconds were spent" in kernels.format_result(found[-1])
+    lists = kernels.as_lists(found)
+    assert (len(lists["results"]), len(lists["not_measured"])) == (4, 4)
 
 
 def test_the_tuner_keeps_what_was_fastest() -> None:

@@ -1,10 +1,12 @@
-"""What an int8 KV cache costs and saves, beside the default cache, on a real checkpoint.
+"""What KV caches of 8 bits cost and save, beside the default cache, on a real checkpoint.
 
     python tests/benchmarks/kv_cache.py CHECKPOINT [--windows 8] [--window-tokens 1024]
 
 Every window is a prompt whose logits are compared at each position: with the default cache
-(bfloat16), with int8, and with the float32 backend, which rounds nothing. Decode steps are timed in
-turns at a long context. Prints its setup, a table and one JSON line last.
+(bfloat16), with int8, and with the float32 backend, which rounds nothing. The triton backend's int8
+and fp8 are the float32 backend with keys and values rounded as its kernel rounds them (a test
+compares the two): what they cost alone, on any machine. Decode steps are timed in turns at a long
+context. Prints its setup, a table and one JSON line last.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pathlib import Path
 
 import torch
 from lowbit.kernels.cpu import CpuBackend
+from lowbit.kernels.interface import KVCache
+from lowbit.kernels.triton_backend import TritonBackend
 from lowbit.server.model.decoder import Decoder
 from lowbit.server.model.loader import load_decoder
 from lowbit.server.text.tokenizer import Tokenizer
@@ -27,11 +31,27 @@ from lowbit.server.text.tokenizer import Tokenizer
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
+from kv_rounding import rounded
 from quantizers import commit, processor
 from stepping import BLOCK_SIZE, Prompt, caches_for, run_step
 
 CHUNK = 256
 NUM_TIMED_STEPS = 60
+TRITON = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+class RoundingBackend(CpuBackend):
+    """float32, but for what the triton backend's cache makes of keys and values."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__("float32")
+        self._kind = kind
+
+    def store(
+        self, keys: torch.Tensor, values: torch.Tensor, cache: KVCache, slots: torch.Tensor
+    ) -> None:
+        keys, values = rounded(keys, self._kind), rounded(values, self._kind)
+        super().store(keys, values, cache, slots)
 
 
 def logits_of(decoder: Decoder, token_ids: list[int]) -> torch.Tensor:
@@ -99,11 +119,17 @@ def main() -> None:
         "float32": load_decoder(arguments.checkpoint, CpuBackend("float32")),
         "bfloat16": load_decoder(arguments.checkpoint, CpuBackend("bfloat16")),
         "int8": load_decoder(arguments.checkpoint, CpuBackend("bfloat16", "int8")),
+        **{
+            f"triton {kind}": load_decoder(arguments.checkpoint, RoundingBackend(kind))
+            for kind in TRITON
+        },
     }
     figures: dict[str, list[dict[str, float]]] = {}
     for window in windows:
         logits = {name: logits_of(decoder, window) for name, decoder in decoders.items()}
-        for left, right in (("bfloat16", "int8"), ("float32", "bfloat16"), ("float32", "int8")):
+        pairs = [("bfloat16", "int8")]
+        pairs += [("float32", other) for other in decoders if other != "float32"]
+        for left, right in pairs:
             row = compare(logits[left], logits[right], window)
             figures.setdefault(f"{right} against {left}", []).append(row)
     means = {
@@ -115,15 +141,19 @@ def main() -> None:
         print(f"{row['kl']:.2e}   {row['top1'] * 100:6.2f}   {row['nll']:.4f}   {name}")
     config = decoders["int8"].config
     heads = 2 * config.num_layers * config.num_kv_heads
+    backends = {name: decoders[name].backend for name in ("bfloat16", "int8")}
+    for kind, dtype in TRITON.items():
+        backends[f"triton {kind}"] = TritonBackend(torch.device("cpu"), kv_dtype=dtype)
     tokens = {
-        name: (1 << 30) // (heads * decoder.backend.kv_head_bytes(config.head_dim))
-        for name, decoder in decoders.items()
+        name: (1 << 30) // (heads * backend.kv_head_bytes(config.head_dim))
+        for name, backend in backends.items()
     }
-    del decoders["float32"]
+    decoders = {name: decoders[name] for name in ("bfloat16", "int8")}
     milliseconds = step_milliseconds(decoders, windows[0])
     print("tokens in 1 GiB   decode step ms   cache")
-    for name, duration in milliseconds.items():
-        print(f"{tokens[name]:15,}   {duration:14.2f}   {name}")
+    for name, number in tokens.items():
+        duration = f"{milliseconds[name]:.2f}" if name in milliseconds else "not measured"
+        print(f"{number:15,}   {duration:>14}   {name}")
     print(
         json.dumps({**setup, "quality": means, "tokens_per_gib": tokens, "step_ms": milliseconds})
     )

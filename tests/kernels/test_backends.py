@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import subprocess
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowbit.kernels import cpu_attention
+from lowbit.kernels import cpu_attention, triton_backend
 from lowbit.kernels.cpu import CpuBackend, DenseLinear, Int4Linear
 from lowbit.kernels.interface import (
     Activation,
@@ -409,14 +410,6 @@ def test_a_window_reads_no_block_before_it() -> None:
         torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize(("name", "value"), [("window", 5), ("soft_cap", 3.0)])
-def test_triton_refuses_windows_and_soft_caps_by_name(name: str, value: float) -> None:
-    backend = load_backend("triton")
-    backend.check_attention(PLAIN)
-    with pytest.raises(BackendUnavailable, match=f"a {name} of {value}; the triton backend"):
-        backend.check_attention(replace(PLAIN, **{name: value}))
-
-
 def int8_cache(num_blocks: int = 3) -> tuple[CpuBackend, KVCache]:
     backend = CpuBackend("bfloat16", "int8")
     return backend, backend.allocate_kv_cache(1, num_blocks, BLOCK_SIZE, 2, 64)[0]
@@ -538,22 +531,40 @@ def test_embed_gathers_rows(
     assert torch.equal(backend.embed(ids, dense), table.half().float()[ids])
 
 
-@pytest.mark.parametrize(
-    ("contexts", "queries"), [([1], [1]), ([16, 5, 40], [1, 1, 1]), ([40, 33, 7], [1, 33, 5])]
-)
-def test_the_triton_backend_attends(contexts: list[int], queries: list[int]) -> None:
-    backend = load_backend("triton")
+@pytest.mark.parametrize("spec", [PLAIN, SPECS["both"]])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
+def test_the_triton_backend_stores_and_attends(kv_cache_dtype: str, spec: AttentionSpec) -> None:
+    backend = load_backend("triton", kv_cache_dtype=kv_cache_dtype)
     with backend.device:
-        q, cache, batch, slots = random_step(backend, contexts, queries, 6, 2)
+        q, cache, batch, slots = random_step(backend, [40, 33, 7], [1, 33, 5], 6, 2)
         q = q.to(backend.hidden_dtype)
-    expected = attention_oracle(q.cpu(), cache, batch, slots)
-    actual = backend.attention(q, cache, backend.plan_attention(batch), PLAIN)
+    expected = attention_oracle(q.cpu(), cache_in_float64(cache), batch, slots, spec)
+    actual = backend.attention(q, cache, backend.plan_attention(batch), spec)
     torch.testing.assert_close(actual.cpu().double(), expected, atol=2e-3, rtol=2e-3)
+
+
+def cache_in_float64(cache: KVCache) -> KVCache:
+    """Without scales; fp8 is stored as bytes."""
+    numbers = []
+    for stored, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales)):
+        stored = stored.view(torch.float8_e4m3fn) if stored.dtype is torch.uint8 else stored
+        wide = stored.cpu().double()
+        numbers.append(wide if scales is None else wide * scales.cpu().double()[..., None])
+    return KVCache(keys=numbers[0], values=numbers[1])
 
 
 def test_auto_takes_the_gpu_where_there_is_one() -> None:
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert load_backend("auto").device.type == expected
+
+
+def test_what_was_chosen_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    load_backend("triton", kv_cache_dtype="int8")
+    (line,) = caplog.messages
+    assert line.startswith("backend triton: triton, float16, KV cache int8")
+    assert "on tensor cores to" in line
+    assert "default tiles" in line
 
 
 def test_without_a_gpu_triton_is_refused_by_name() -> None:
@@ -576,3 +587,50 @@ def test_unknown_and_impossible_choices_are_refused_by_name() -> None:
         CpuBackend("bfloat16", "fp8")
     with pytest.raises(BackendUnavailable, match="kv_cache_dtype is 'int8'; the reference backend"):
         load_backend("reference", kv_cache_dtype="int8")
+    with pytest.raises(BackendUnavailable, match="dtype is 'bfloat16'; the cpu backend has no"):
+        load_backend("cpu", dtype="bfloat16")
+    with pytest.raises(BackendUnavailable, match="dtype is 'float32'; it must be one of auto, flo"):
+        load_backend("triton", dtype="float32")
+    with pytest.raises(BackendUnavailable, match=r"kv_cache_dtype is 'int4'; .* fp8, int8"):
+        load_backend("triton", kv_cache_dtype="int4")
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """As if there were a GPU of that compute capability, and no interpreter."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(triton_backend, "_find_device", lambda: (device, capability))
+    monkeypatch.setattr(triton_backend, "interpreted", False)
+
+
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, (8, 6))
+    with pytest.raises(BackendUnavailable, match=r"'fp8'; .* 8.9 or higher, .* GPU has 8.6"):
+        load_backend("triton", kv_cache_dtype="fp8")
+    assert load_backend("triton", kv_cache_dtype="int8").kv_dtype is torch.int8
+    pretend_gpu(monkeypatch, (8, 9))
+    assert load_backend("triton", kv_cache_dtype="fp8").kv_dtype is torch.float8_e4m3fn
+
+
+def test_auto_computes_in_the_models_own_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, (9, 0))
+    assert load_backend("triton").hidden_dtype is torch.float16
+    for model, expected in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.float16),
+    ):
+        backend = load_backend("triton", model_dtype=model)
+        assert (backend.hidden_dtype, backend.kv_dtype) == (expected, expected)
+    backend = load_backend("triton", dtype="float16", model_dtype=torch.bfloat16)
+    assert backend.hidden_dtype is torch.float16
+    mixed = load_backend("triton", dtype="bfloat16", kv_cache_dtype="float16")
+    assert (mixed.hidden_dtype, mixed.kv_dtype) == (torch.bfloat16, torch.float16)
+
+
+def test_the_interpreter_has_no_bfloat16() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels run on the GPU")
+    for choice in ("dtype", "kv_cache_dtype"):
+        with pytest.raises(BackendUnavailable, match=f"{choice} is 'bfloat16'; Triton's interp"):
+            load_backend("triton", **{choice: "bfloat16"})
+    assert load_backend("triton", model_dtype=torch.bfloat16).hidden_dtype is torch.float16

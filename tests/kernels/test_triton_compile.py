@@ -55,7 +55,7 @@ def count(kernel: dict[str, Any], *names: str) -> int:
 
 def describe(kernel: dict[str, Any]) -> str:
     return (
-        f"sm_{kernel['capability']:<4}{kernel['name']:<28}"
+        f"sm_{kernel['capability']:<4}{kernel['name']:<50}"
         f"{kernel['registers']:>4} registers {kernel['stack_bytes']:>3} B spilled "
         f"{kernel['shared_bytes']:>7} B shared {count(kernel, *LOADS):>3} 16-byte loads "
         f"{count(kernel, 'HGMMA', 'HMMA', 'UTCHMMA'):>3} tensor-core "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from lowbit.kernels import triton_elementwise as kernels
+from lowbit.kernels.interface import Activation
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -34,15 +37,41 @@ def test_rms_norm(rows: int, features: int, permuted: bool) -> None:
     )
 
 
+ACTIVATIONS = {  # in float64
+    Activation.SILU: torch.nn.functional.silu,
+    Activation.GELU: torch.nn.functional.gelu,
+    Activation.GELU_TANH: partial(torch.nn.functional.gelu, approximate="tanh"),
+    Activation.RELU: torch.relu,
+}
+
+
+@pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize(("rows", "features"), [(1, 64), (5, 1100), (0, 64)])
-def test_silu_mul(rows: int, features: int, permuted: bool) -> None:
+def test_activate_mul(rows: int, features: int, permuted: bool, activation: Activation) -> None:
     gate_up = (torch.randn(rows, 2 * features) * 8).to(DEVICE, torch.float16)
     gate, up = gate_up.cpu().double().chunk(2, dim=-1)
     permutation = permutation_or_none(features, permuted)
-    expected = reordered(gate / (1 + (-gate).exp()) * up, permutation)
-    actual = kernels.silu_mul(gate_up, permutation).cpu().double()
+    expected = reordered(ACTIVATIONS[activation](gate) * up, permutation)
+    actual = kernels.activate_mul(gate_up, activation, permutation).cpu().double()
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_the_operators_are_what_torch_expects_of_them(permuted: bool) -> None:
+    """Their schemas, their fake implementations, and that they mutate nothing."""
+    x = torch.randn(3, 64).to(DEVICE, torch.float16)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.lowbit.rms_norm.default,
+        (x, torch.ones(64, device=DEVICE), 1e-5, permutation_or_none(64, permuted)),
+        test_utils=tests,
+    )
+    torch.library.opcheck(
+        torch.ops.lowbit.activate_mul.default,
+        (x, "gelu", permutation_or_none(32, permuted)),
+        test_utils=tests,
+    )
 
 
 def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
@@ -50,8 +79,8 @@ def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"weight is \(63,\); it must be \[64\]"):
         kernels.rms_norm(x, torch.ones(63), 1e-5)
     with pytest.raises(ValueError, match=r"permutation is \(64,\); it must be \[32\]"):
-        kernels.silu_mul(x, torch.arange(64))
+        kernels.activate_mul(x, Activation.SILU, torch.arange(64))
     with pytest.raises(ValueError, match="two equal halves"):
-        kernels.silu_mul(x[:, :63])
+        kernels.activate_mul(x[:, :63], Activation.SILU)
     with pytest.raises(ValueError, match=r"x is \(64,\)"):
         kernels.rms_norm(x[0], torch.ones(64), 1e-5)

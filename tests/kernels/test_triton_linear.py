@@ -69,6 +69,7 @@ def oracle(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         (192, 136, 96, False, 4),
         (130, 64, 64, False, 2),
         (1100, 40, -1, True, 4),
+        (512, 24, 256, False, 2),
     ],
 )
 def test_agrees_with_float64(
@@ -131,14 +132,25 @@ def test_extreme_zero_points(tier: str, zero: int) -> None:
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_every_number_of_rows(bits: int) -> None:
-    weight = random_packed_weight(128, 48, bits=bits)
+    weight = random_packed_weight(129, 47, bits=bits, group_size=32)
     layer = prepared(weight, torch.float16)
-    x = rows_of(70, layer, torch.float16)
+    x = rows_of(8192, layer, torch.float16)
     expected = oracle(x, weight)
-    for num_rows in range(71):
+    for num_rows in (*range(71), 192, 193, 8192):
         y = kernels.linear(x[:num_rows], layer)
-        assert y.shape == (num_rows, 48)
+        assert y.shape == (num_rows, 47)
         assert num_rows == 0 or relative_error(y, expected[:num_rows]) < 1e-3
+
+
+@pytest.mark.parametrize("num_rows", [2, 70, 200])
+def test_rows_may_lie_more_than_2_to_the_31_numbers_apart(num_rows: int) -> None:
+    weight = random_packed_weight(130, 40, group_size=32)
+    layer = prepared(weight, torch.float16)
+    stride = (1 << 31) // (num_rows - 1) + 2
+    wide = torch.empty((num_rows - 1) * stride + 130, dtype=torch.float16, device=DEVICE)
+    x = wide.as_strided((num_rows, 130), (stride, 1))
+    x.copy_(torch.randn(num_rows, 130))
+    assert relative_error(kernels.linear(x, layer), oracle(x.contiguous(), weight)) < 1e-3
 
 
 def test_nothing_is_read_beyond_the_inputs_and_rows(tier: str) -> None:
@@ -175,9 +187,9 @@ def test_no_result_comes_from_unwritten_memory(tier: str, in_features: int) -> N
 @pytest.mark.parametrize("in_features", [256, 1664])
 def test_equal_inputs_give_equal_bits(tier: str, in_features: int) -> None:
     layer = prepared(random_packed_weight(in_features, 64), torch.float16)
-    x = rows_of(2, layer, torch.float16)
+    x = rows_of(1, layer, torch.float16)
     first = kernels.linear(x, layer)
-    for _ in range(19 if HAS_GPU else 2):
+    for _ in range(19):
         assert torch.equal(kernels.linear(x, layer), first)
 
 
@@ -235,6 +247,16 @@ def test_the_operator_is_what_torch_expects_of_one(bits: int) -> None:
     torch.library.opcheck(
         torch.ops.lowbit.linear.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+def test_torch_compile_takes_it_in_one_graph() -> None:
+    weight = replace(random_packed_weight(128, 64, sym=False), bias=torch.randn(64))
+    layer = prepared(weight, torch.float16)
+    x = rows_of(3, layer, torch.float16)
+    compiled = torch.compile(
+        lambda x: kernels.linear(x, layer, 2 * x[:, :64]) + 1, backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x), kernels.linear(x, layer, 2 * x[:, :64]) + 1)
 
 
 @pytest.mark.gpu

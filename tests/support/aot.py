@@ -24,6 +24,7 @@ import triton.language as tl
 from lowbit.kernels import triton_attention as attention
 from lowbit.kernels import triton_elementwise as elementwise
 from lowbit.kernels import triton_linear as linear
+from lowbit.kernels import triton_rope as rope
 from lowbit.kernels.tuning import GpuTuning, default_tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -31,14 +32,16 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 NAMES = {tl.float16: "fp16", tl.bfloat16: "bf16"}
 ATTENTION_POINTERS = {
-    **dict.fromkeys(("q", "keys", "values", "out", "qkv", "queries"), "fp16"),
     **dict.fromkeys(("block_tables", "query_start", "context_lens"), "i32"),
-    **dict.fromkeys(("partial", "weights", "cos", "sin"), "fp32"),
+    **dict.fromkeys(("partial", "weights", "cos", "sin", "lse"), "fp32"),
+    **dict.fromkeys(("key_scales", "value_scales"), "fp32"),
     "slots": "i64",
 }
+CACHES = {"int8": "i8", "fp8": "fp8e4nv"}
 # What a wave of calls looks like; 16 divides those that a real call's would.
 SIZES = ("num_inputs", "padded_inputs", "num_outputs", "pairs_stride", "x_stride")
 STRIDES = ("q_stride", "qkv_stride", "stride_block", "stride_token", "stride_head")
+STRIDES += ("scale_stride_block", "scale_stride_head")
 ODD_SIZES = ("num_rows", "blocks_per_part", "first_output", "slice_outputs", "table_stride")
 ODD_SIZES += ("num_sequences", "num_heads", "num_kv_heads", "num_parts")
 
@@ -171,56 +174,135 @@ def linear_kernel(
     )
 
 
+@dataclass(frozen=True)
+class Attention:
+    """What attention kernels are compiled for."""
+
+    head_dim: int
+    group: int
+    block_size: int = 16
+    dtype: str = "fp16"
+    cache: str = "fp16"
+    window: int = 0
+    soft_cap: float = 0.0
+    has_lse: bool = False
+
+    @property
+    def name(self) -> str:
+        kinds = [self.dtype] if self.cache == self.dtype else [self.dtype, self.cache]
+        kinds += ["window"] * (self.window > 0) + ["cap"] * (self.soft_cap > 0)
+        return f"D{self.head_dim} group {self.group} block {self.block_size} {' '.join(kinds)}"
+
+
+ATTENTIONS = (
+    Attention(64, 1),
+    Attention(80, 4, 32),
+    Attention(96, 16, has_lse=True),
+    Attention(128, 8, 64),
+    Attention(256, 2),
+    Attention(128, 8, dtype="bf16", cache="bf16"),
+    Attention(256, 2, dtype="bf16", cache="bf16", window=4096, soft_cap=50.0),
+    Attention(64, 3, cache="int8"),
+    Attention(128, 8, cache="int8"),
+    Attention(256, 1, cache="int8", window=4096, soft_cap=50.0, has_lse=True),
+    Attention(128, 8, cache="fp8"),
+    Attention(256, 2, dtype="bf16", cache="fp8", window=4096, soft_cap=50.0),
+)
+
+
 def attention_kernels(capability: int) -> list[Compiled]:
     built = []
-    for head_dim, group in ((64, 1), (80, 4), (128, 8), (256, 2)):
-        padded = attention.triton.next_power_of_2(head_dim)
-        constants = {"HEAD_DIM": head_dim, "PADDED_DIM": padded}
-        tile = attention.tile_keys(padded)
-        walk = {"GROUP": group, "BLOCK_SIZE": 16, "TILE": tile, "STAGES": 2}
-        kernels = {
-            "prefill": (
-                attention._prefill_kernel,
-                constants | walk | {"PADDED_GROUP": group, "QUERIES": 64 // group},
-            ),
-            "decode": (attention._decode_kernel, constants | walk | {"ROWS": 16, "PART": 512}),
-            "combine": (attention._combine_kernel, constants | {"PART": 512}),
-            "rope": (
-                attention._rope_and_store_kernel,
-                {"HEAD_DIM": head_dim, "PADDED_HALF": padded // 2},
-            ),
-        }
-        for name, (kernel, given) in kernels.items():
-            pointers = {n: t for n, t in ATTENTION_POINTERS.items() if n in kernel.arg_names}
-            warps = {"prefill": attention.prefill_warps(padded), "decode": 4}.get(name, 1)
-            label = f"{name} D{head_dim} group {group}"
-            built.append(compile_kernel(label, kernel, capability, pointers, given, warps, 3))
+    for case in ATTENTIONS:
+        if case.cache != "fp8" or capability >= 89:
+            built += [attention_kernel(capability, case, tier) for tier in ("prefill", "decode")]
+    for case in (ATTENTIONS[1], ATTENTIONS[9]):
+        built += [attention_kernel(capability, case, tier) for tier in ("combine", "rope")]
     return built
 
 
+def attention_kernel(capability: int, case: Attention, tier: str) -> Compiled:
+    padded = attention.triton.next_power_of_2(case.head_dim)
+    scaled = case.cache in CACHES
+    parts = {"PART": 512, "MAX_PARTS": 32}
+    group = attention.triton.next_power_of_2(case.group)
+    kernel, warps, constants = {
+        "prefill": (
+            attention._prefill_kernel,
+            attention.prefill_warps(padded),
+            {"PADDED_GROUP": group, "QUERIES": 64 // group},
+        ),
+        "decode": (attention._decode_kernel, 4, {"ROWS": 16, **parts}),
+        "combine": (attention._combine_kernel, 1, parts),
+        "rope": (
+            rope._rope_and_store_kernel,
+            1,
+            {"ROTARY_HALF": case.head_dim // 2, "LARGEST": 127.0 if scaled else 0.0},
+        ),
+    }[tier]
+    constants |= {
+        "HEAD_DIM": case.head_dim,
+        "PADDED_DIM": padded,
+        "BLOCK_SIZE": case.block_size,
+        "TILE": attention.tile_keys(padded, "prefill" if tier == "prefill" else "decode", scaled),
+        "STAGES": 2,
+        "GROUP": case.group,
+        "WINDOW": case.window,
+        "SOFT_CAP": case.soft_cap,
+        "SCALED": scaled,
+        "HAS_LSE": case.has_lse,
+        "PTX": True,
+        "scale_stride_token": 1 if scaled else 0,
+    }
+    pointers = ATTENTION_POINTERS | dict.fromkeys(("q", "out", "qkv", "queries"), case.dtype)
+    pointers |= dict.fromkeys(("keys", "values"), CACHES.get(case.cache, case.cache))
+    return compile_kernel(
+        f"{tier} {case.name}",
+        kernel,
+        capability,
+        {name: dtype for name, dtype in pointers.items() if name in kernel.arg_names},
+        {name: value for name, value in constants.items() if name in kernel.arg_names},
+        warps,
+        3,
+    )
+
+
 def other_kernels(capability: int) -> list[Compiled]:
-    half = dict.fromkeys(("x", "weight", "y", "gate_up", "bias", "residual"), "fp16")
-    half |= {"permutation": "i32", "planes": "fp32"}
     kernels = {
         "rms_norm": (elementwise._rms_norm_kernel, {"BLOCK": 4096, "PERMUTED": True}),
-        "silu_mul": (elementwise._silu_mul_kernel, {"BLOCK": 1024, "PERMUTED": True}),
+        **{
+            f"{activation}_mul": (
+                elementwise._activate_mul_kernel,
+                {"BLOCK": 1024, "PERMUTED": True, "ACTIVATION": activation},
+            )
+            for activation in ("silu", "gelu", "gelu_tanh")
+        },
         "reduce": (
             linear._reduce_kernel,
             {"PARTS": 8, "BLOCK": 1024, "HAS_BIAS": True, "HAS_RESIDUAL": True},
         ),
     }
     return [
-        compile_kernel(
-            name,
-            kernel,
-            capability,
-            {n: dtype for n, dtype in half.items() if n in kernel.arg_names},
-            constants,
-            num_warps=4,
-            num_stages=3,
-        )
+        other_kernel(capability, f"{name} {dtype}", kernel, constants, dtype)
         for name, (kernel, constants) in kernels.items()
+        for dtype in NAMES.values()
+        if dtype == "fp16" or name in ("rms_norm", "silu_mul", "reduce")
     ]
+
+
+def other_kernel(
+    capability: int, name: str, kernel: Any, constants: dict[str, Any], dtype: str
+) -> Compiled:
+    pointers = dict.fromkeys(("x", "weight", "y", "gate_up", "bias", "residual"), dtype)
+    pointers |= {"permutation": "i32", "planes": "fp32"}
+    return compile_kernel(
+        name,
+        kernel,
+        capability,
+        {n: kind for n, kind in pointers.items() if n in kernel.arg_names},
+        constants,
+        num_warps=4,
+        num_stages=3,
+    )
 
 
 if __name__ == "__main__":
