@@ -2,8 +2,7 @@
 
 A peer runs in a process of its own, which is ended when its seconds are spent: whatever it does,
 compiling or tuning for minutes, crashing, taking the device down with it, leaves our figures alone.
-Its results are checked against float64 like ours. None has been run with this code yet but as far
-as that goes without a GPU.
+Its results are checked against float64 like ours. No adapter has met its package on a GPU yet.
 """
 
 from __future__ import annotations
