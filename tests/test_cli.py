@@ -61,6 +61,7 @@ def test_a_folder_without_a_tokenizer(checkpoint: Path) -> None:
         (["--kv-cache-memory-bytes", "10"], "kv_cache_memory_bytes is 10; one block of 16 tokens"),
         (["--backend", "reference", "--cpu-precision", "float32"], "cpu_precision is 'float32'"),
         (["--drain-grace-seconds", "-1"], "drain_grace_seconds is -1"),
+        (["--host", "0.0.0.0"], "host is '0.0.0.0', which others can reach, without TLS"),
     ],
 )
 def test_settings_out_of_range(
