@@ -623,7 +623,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     )
     from ..kernels.interface import load_backend
     from .engine.async_engine import AsyncEngine, engine_thread
-    from .engine.build import build_engine, check_before_loading
+    from .engine.build import build_and_warm_up, check_before_loading
     from .metrics import Metrics
     from .model.info import model_dtype, model_info
     from .model.loader import load_decoder
@@ -649,7 +649,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         decoder = await asyncio.wrap_future(
             thread.submit(load_decoder, arguments.checkpoint, backend, config.engine.max_model_len)
         )
-        engine = build_engine(decoder, config.engine)
+        engine = await asyncio.wrap_future(thread.submit(build_and_warm_up, decoder, config.engine))
         logger.info("loaded %s in %.1f s", arguments.checkpoint, time.monotonic() - started)
         async_engine = AsyncEngine(
             engine,

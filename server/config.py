@@ -58,6 +58,9 @@ class EngineConfig:
     gpu_memory_ratio: float = _setting(
         0.9, "of a GPU's memory, for weights, keys and values and steps together"
     )
+    cuda_graph_memory_bytes: int = _setting(
+        1 << 30, "of a GPU, for recordings of decode steps; 0 launches each step's kernels anew"
+    )
     max_model_len: int | None = _setting(
         None, "prompt plus completion, in tokens; by default the model's own limit", type=int
     )
@@ -90,6 +93,11 @@ class EngineConfig:
             _require_positive(name, getattr(self, name))
         if self.kv_cache_memory_bytes is not None:
             _require_positive("kv_cache_memory_bytes", self.kv_cache_memory_bytes)
+        if self.cuda_graph_memory_bytes < 0:
+            raise InvalidConfig(
+                f"cuda_graph_memory_bytes is {self.cuda_graph_memory_bytes}; it must not be "
+                "negative"
+            )
         if not 0 < self.gpu_memory_ratio <= 1:
             raise InvalidConfig(
                 f"gpu_memory_ratio is {self.gpu_memory_ratio}; it must be greater than 0 and at "

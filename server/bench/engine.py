@@ -349,6 +349,8 @@ class Bench:
             watch.follow(engine.scheduler, "schedule")
             watch.follow(runner.inner, "execute")
             watch.follow(decoder, "forward")
+            if runner.inner.graphs is not None:
+                watch.follow(runner.inner.graphs, "run", "forward")
             watch.follow(runner.inner.sampler, "sample")
             watch.follow(engine.scheduler, "update")
             _step(engine, case.num_seqs)  # warms up
@@ -397,6 +399,9 @@ class Bench:
             EngineConfig(
                 block_size=BLOCK_SIZE,
                 kv_cache_memory_bytes=kv_bytes,
+                max_model_len=min(
+                    case.num_tokens + BLOCK_SIZE, decoder.config.max_position_embeddings
+                ),
                 max_num_seqs=case.num_seqs,
                 max_num_batched_tokens=case.num_seqs * (case.num_tokens + 1),
                 max_queued_requests=case.num_seqs,
@@ -428,6 +433,7 @@ class Bench:
                 max_num_seqs=1,
                 max_num_batched_tokens=case.num_tokens,
                 prefix_cache=False,
+                cuda_graph_memory_bytes=0,
             ),
         )
         generator = torch.Generator().manual_seed(0)
@@ -532,10 +538,10 @@ class Stopwatch:
         for owner, method in self._followed:
             delattr(owner, method)  # the class's own is seen again
 
-    def follow(self, owner: object, method: str) -> None:
-        """Time a method of one object until the watch is left."""
+    def follow(self, owner: object, method: str, name: str = "") -> None:
+        """Time a method of one object until the watch is left, under its own name or another."""
         inner = getattr(owner, method)
-        seconds = self._seconds.setdefault(method, [])
+        seconds = self._seconds.setdefault(name or method, [])
 
         def timed(*arguments: Any) -> Any:
             start = time.perf_counter()

@@ -12,8 +12,10 @@ from ..model.decoder import Decoder
 from ..model.info import model_size
 from .drafter import PromptLookupDrafter
 from .engine import LLMEngine
+from .graph_runner import CudaRecorder
 from .memory import check_room, describe_capacity, kv_cache_bytes, kv_token_bytes, usable_bytes
 from .model_runner import ModelRunner
+from .profile import CudaPeakMeter, largest_step_bytes, warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,19 @@ def check_before_loading(folder: Path, backend: KernelBackend, config: EngineCon
 def build_engine(decoder: Decoder, config: EngineConfig) -> LLMEngine:
     """Raises InvalidConfig when the limits contradict the model or each other."""
     max_model_len = _max_model_len(decoder.config, config)
-    num_blocks = _num_blocks(decoder, config, max_model_len)
+    num_blocks = _num_blocks(decoder, config, max_model_len, _step_bytes(decoder, config))
     num_tokens = num_blocks * config.block_size
     logger.info("%s", describe_capacity(num_tokens, decoder.config, decoder.backend))
+    runner = ModelRunner(decoder, num_blocks, config.block_size)
+    if decoder.backend.device.type == "cuda" and config.cuda_graph_memory_bytes:
+        runner.record_graphs(
+            CudaRecorder(decoder.backend.device),
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            max_bytes=config.cuda_graph_memory_bytes,
+        )
     return LLMEngine(
-        ModelRunner(decoder, num_blocks, config.block_size),
+        runner,
         config,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
@@ -53,7 +63,27 @@ def _max_model_len(model: ModelConfig, config: EngineConfig) -> int:
     return config.max_model_len or longest
 
 
-def _num_blocks(decoder: Decoder, config: EngineConfig, max_model_len: int) -> int:
+def build_and_warm_up(decoder: Decoder, config: EngineConfig) -> LLMEngine:
+    """The same, and on a GPU all that a request could need is compiled."""
+    engine = build_engine(decoder, config)
+    if decoder.backend.device.type == "cuda":
+        assert isinstance(engine.runner, ModelRunner)
+        warm_up(engine.runner, config, engine.max_model_len)
+    return engine
+
+
+def _step_bytes(decoder: Decoder, config: EngineConfig) -> int:
+    """What is to be left for steps, and for recordings of them."""
+    device = decoder.backend.device
+    if device.type != "cuda" or config.kv_cache_memory_bytes is not None:
+        return 0
+    max_model_len = _max_model_len(decoder.config, config)
+    peak = largest_step_bytes(decoder, config, max_model_len, CudaPeakMeter(device))
+    logger.info("the largest step takes %.2f GB beside weights, keys and values", peak / 1e9)
+    return peak + config.cuda_graph_memory_bytes
+
+
+def _num_blocks(decoder: Decoder, config: EngineConfig, max_model_len: int, step_bytes: int) -> int:
     """As many blocks as the memory holds, but no more than a full house could use."""
     model, backend = decoder.config, decoder.backend
     kv_bytes = kv_cache_bytes(
@@ -62,7 +92,7 @@ def _num_blocks(decoder: Decoder, config: EngineConfig, max_model_len: int) -> i
         config,
         max_model_len=max_model_len,
         usable=usable_bytes(backend.device, config),
-        step_bytes=0,
+        step_bytes=step_bytes,
     )
     block_bytes = config.block_size * kv_token_bytes(model, backend)
     affordable = kv_bytes // block_bytes

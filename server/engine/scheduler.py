@@ -206,11 +206,15 @@ class Scheduler:
     def update(
         self, output: SchedulerOutput, results: SequenceOf[SequenceResult]
     ) -> list[TokenOutput]:
-        """Record what the step computed. `results` has one entry per sequence that yields."""
+        """Record what the step computed. `results` has one entry per sequence that yields and has
+        no `error`."""
         self._observe(output, self._clock() - output.start_seconds)
         remaining = iter(results)
         news: list[TokenOutput] = []
         for sequence in output.sequences:
+            if sequence.error:
+                self._fail(sequence, sequence.error, news)
+                continue
             if not sequence.completes_chunk:
                 sequence.num_scheduled_tokens = 0
                 continue

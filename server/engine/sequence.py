@@ -87,6 +87,7 @@ class Sequence:
     num_scheduled_tokens: int = 0  # draft tokens included
     draft_token_ids: list[int] = field(default_factory=list)  # guessed, verified by the step
     partial: PartialChunk | None = None  # None: a chunk goes through all layers in its step
+    error: str = ""  # set by the runner: the step could not be computed for it, and it ends
     num_preemptions: int = 0
     constraint: TokenConstraint | None = None  # has taken in the tokens of the completion
     history: object = None  # whatever the drafter keeps; it outlives a preemption
