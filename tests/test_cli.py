@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 from lowbit.server.cli import main
 from lowbit.server.rpc.tenants import KeyRing
 from tiny import TinyModel
@@ -16,9 +18,13 @@ LOWBIT = str(Path(sysconfig.get_path("scripts")) / "lowbit")
 
 
 def refusal(*arguments: str) -> str:
-    """The one line on stderr, of a real process."""
+    """The one line on stderr, of a real process, in which Triton interprets nothing."""
     done = subprocess.run(
-        [LOWBIT, *arguments, "--log-level", "error"], capture_output=True, text=True, timeout=120
+        [LOWBIT, *arguments, "--log-level", "error"],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1
     assert done.stdout == ""
@@ -37,6 +43,23 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert str(tmp_path / "nothing") in refusal(
         "quantize", str(tmp_path / "nothing"), str(tmp_path / "out")
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_for_the_backend_that_needs_one(checkpoint: Path) -> None:
+    line = refusal("serve", str(checkpoint), "--backend", "triton")
+    assert "backend is 'triton'; it needs a CUDA device, and PyTorch finds none" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_too_old(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Tesla T4")
+    assert main(["serve", str(checkpoint), "--backend", "triton"]) == 1
+    assert "compute capability 8.0 or higher, and Tesla T4 has 7.5" in capsys.readouterr().err
 
 
 def test_a_truncated_shard(checkpoint: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from engines import make_engine, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowbit.kernels.cpu import CpuBackend
@@ -14,6 +15,7 @@ from lowbit.kernels.interface import ForwardBatch
 from lowbit.server.engine.graph_runner import DecodeGraphs, DecodeRow, batch_buckets
 from lowbit.server.model.decoder import Decoder
 from lowbit.server.model.loader import load_decoder
+from lowbit.server.types import SamplingParams
 from tiny import TinyModel
 from torch import Tensor
 
@@ -161,6 +163,32 @@ def test_a_bucket_that_finds_no_memory_is_left_out(decoder: Decoder) -> None:
     graphs = graphs_of(decoder, recorder)
     graphs.record([1, 2, 4, 6], 1 << 30)
     assert graphs.buckets == [1, 2]
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_an_engine_gives_the_same_tokens_with_graphs(tiny_model: TinyModel, drafts: int) -> None:
+    """Prompts in chunks beside decodes, more sequences than places, drafts: some steps replay."""
+    recorder = EagerRecorder()
+    found = []
+    for recorded in (False, True):
+        engine = make_engine(
+            tiny_model, max_num_seqs=5, max_num_batched_tokens=24, max_draft_tokens=drafts
+        )
+        if recorded:
+            engine.runner.record_graphs(
+                recorder, max_num_seqs=5, max_model_len=512, max_bytes=1 << 30
+            )
+        for i in range(9):
+            params = SamplingParams(
+                temperature=i % 2, seed=i, max_tokens=10 + i, top_logprobs=i % 3, ignore_eos=True
+            )
+            engine.add(engine.new_sequence(str(i), prompt(3 + 7 * i, i), params))
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step()
+        found.append(sorted((o.request_id, o.token_id, o.logprob, o.top_logprobs) for o in outputs))
+    assert found[0] == found[1]
+    assert recorder.num_replays > 5
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 64, 100, 256, 1000])
