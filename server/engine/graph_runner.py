@@ -52,7 +52,7 @@ class CudaRecorder:
         work()  # compiles, and allocates what libraries keep
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = work()
         return graph.replay, output
 
@@ -127,20 +127,21 @@ class DecodeGraphs:
         # The largest first: the others then find room in the memory that it holds.
         largest_first = sorted(buckets, reverse=True)
         for bucket in tqdm(largest_first, desc="CUDA graphs", unit="graph", disable=None):
-            try:
-                self._recorded[bucket] = self._recorder.record(partial(self._forward, bucket))
-            except torch.OutOfMemoryError:
-                fits = False
-            else:
-                fits = self._recorder.held_bytes() <= max_bytes
-            if not fits:
+            reason = self._try_to_record(bucket, max_bytes)
+            if reason:
                 self._recorded.pop(bucket, None)
                 self._recorder.forget()
-                logger.warning(
-                    "no CUDA graph for %d sequences: cuda_graph_memory_bytes is %d",
-                    bucket,
-                    max_bytes,
-                )
+                logger.warning("no CUDA graph for %d sequences: %s", bucket, reason)
+
+    def _try_to_record(self, bucket: int, max_bytes: int) -> str:
+        """Why it cannot be, else nothing."""
+        try:
+            self._recorded[bucket] = self._recorder.record(partial(self._forward, bucket))
+        except RuntimeError as error:  # out of memory, or an operation that no graph can hold
+            return str(error)
+        if self._recorder.held_bytes() > max_bytes:
+            return f"cuda_graph_memory_bytes is {max_bytes}"
+        return ""
 
     def bucket_of(self, num_seqs: int) -> int | None:
         """The smallest recorded one that holds as many sequences."""
