@@ -76,7 +76,7 @@ class Case:
     @property
     def cost(self) -> int:
         """For an order, the cheapest first."""
-        return self.num_seqs * (self.num_tokens + 4096)
+        return self.num_seqs * (self.num_tokens + 1024)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
