@@ -23,7 +23,7 @@ from lowbit.server.engine.profile import warm_up
 from lowbit.server.engine.sequence import SampledToken, Sequence, SequenceResult
 from lowbit.server.model.loader import load_decoder
 from lowbit.server.types import SamplingParams
-from test_graph_runner import EagerRecorder
+from recorders import EagerRecorder
 from tiny import TinyModel
 from torch import Tensor
 from triton.runtime import interpreter
