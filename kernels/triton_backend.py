@@ -246,12 +246,14 @@ def _find_device() -> tuple[torch.device, tuple[int, int]]:
         if interpreted:
             return torch.device("cpu"), (99, 0)
         raise BackendUnavailable(
-            "backend is 'triton'; it needs a CUDA device, and PyTorch finds none"
+            "backend is 'triton'; it needs a CUDA device, and PyTorch finds none; "
+            "backend cpu works without"
         )
     capability = torch.cuda.get_device_capability()
     if capability < _MIN_CAPABILITY:
         raise BackendUnavailable(
             f"backend is 'triton'; it needs compute capability 8.0 or higher, and "
-            f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
+            f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}; "
+            "backend cpu works without"
         )
     return torch.device("cuda", torch.cuda.current_device()), capability
