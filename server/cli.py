@@ -546,9 +546,12 @@ BENCH_SETTINGS = ("batches", "contexts", "prefill_tokens", "budget_seconds")
 def _bench_engine(arguments: argparse.Namespace) -> int:
     from ..kernels.interface import load_backend
     from .bench import engine, timing
+    from .model.info import model_dtype
 
     settings = engine.Settings(**_given(arguments, BENCH_SETTINGS))
-    backend = load_backend(*(getattr(arguments, name) for name in BACKEND_SETTINGS))
+    own_dtype = model_dtype(arguments.checkpoint) if arguments.checkpoint else None
+    choices = (getattr(arguments, name) for name in BACKEND_SETTINGS)
+    backend = load_backend(*choices, model_dtype=own_dtype)
     widths = arguments.bits if "bits" in arguments else None
     if arguments.checkpoint:
         if widths is not None:

@@ -14,7 +14,7 @@ from lowbit.server.bench import peers
 from lowbit.server.bench.kernels import NotMeasured, Rates, Result, Shape, format_result
 from lowbit.server.bench.peers import Peer, PeerTiming
 from lowbit.server.bench.timing import Budget, Timing
-from peer_doubles import hang, leave, send_two
+from peer_doubles import exact, hang, leave, send_two
 
 CPU = torch.device("cpu")
 SMALL, OTHER = Shape("small", 256, 128), Shape("other", 128, 128)
@@ -23,11 +23,6 @@ RATES = Rates(bytes_per_second=1e12, operations_per_second=1e14)
 
 def timer(calls: object) -> Timing:
     return Timing(1e-5, 1e-5, 2e-5)
-
-
-def exact(weight: PackedWeight, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    matrix = dequantize(weight).double()
-    return lambda x: (x.double() @ matrix.t()).to(x.dtype)
 
 
 def found_of(
