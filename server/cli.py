@@ -550,7 +550,13 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
 
     settings = engine.Settings(**_given(arguments, BENCH_SETTINGS))
     own_dtype = model_dtype(arguments.checkpoint) if arguments.checkpoint else None
-    backend = load_backend(*(getattr(arguments, name) for name in BACKEND_SETTINGS), own_dtype)
+    backend = load_backend(
+        arguments.backend,
+        arguments.cpu_precision,
+        arguments.kv_cache_dtype,
+        arguments.dtype,
+        own_dtype,
+    )
     widths = arguments.bits if "bits" in arguments else None
     if arguments.checkpoint:
         if widths is not None:
