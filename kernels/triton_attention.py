@@ -439,6 +439,7 @@ class _Launch:
         self.num_sequences = len(context_lens)
         block_size, self.num_kv_heads = cache.keys.shape[1:3]
         self.group = self.num_heads // self.num_kv_heads
+        self.head_dim = head_dim
         self.padded_dim = triton.next_power_of_2(head_dim)
         self.scaled = cache.key_scales is not None
         self.window = spec.window or 0
@@ -480,16 +481,16 @@ class _Launch:
             *self.sizes,
             PADDED_GROUP=padded_group,
             QUERIES=queries,
-            TILE=tile_keys(self.padded_dim, "prefill", self.scaled),
+            TILE=tile_keys(self.head_dim, "prefill", self.scaled),
             HAS_LSE=self.has_lse,
             **self.constants,
-            num_warps=prefill_warps(self.padded_dim),
+            num_warps=prefill_warps(self.head_dim, self.scaled),
         )
 
     def decode(self) -> None:
         """Of sequences with one."""
         out = self.outputs[0]
-        tile = tile_keys(self.padded_dim, "decode", self.scaled)
+        tile = tile_keys(self.head_dim, "decode", self.scaled)
         parts = {
             "PART": _PART_TOKENS,
             "MAX_PARTS": max_parts(self.num_kv_heads),
@@ -541,13 +542,14 @@ def stored_numbers(tensor: Tensor) -> Tensor:
     return tensor.view(torch.float8_e4m3fn) if tensor.dtype is torch.uint8 else tensor
 
 
-def tile_keys(padded_dim: int, tier: str, scaled: bool) -> int:
-    """Keys at a time: more would spill registers. A decode has room for more of 8 bits."""
+def tile_keys(head_dim: int, tier: str, scaled: bool) -> int:
+    """Keys at a time: more would spill registers, and at some sizes fewer would, too."""
+    padded_dim = triton.next_power_of_2(head_dim)
     if tier == "decode":
-        return 64 if scaled or padded_dim <= 64 else 32
-    if scaled:
-        return 32 if padded_dim <= 128 else 16
-    return 64 if padded_dim <= 64 else 32
+        return 32 if not scaled and (padded_dim > 128 or head_dim == 128) else 64
+    if padded_dim <= 64:
+        return 64
+    return 16 if scaled and padded_dim > 128 else 32
 
 
 def max_parts(num_kv_heads: int) -> int:
@@ -556,6 +558,8 @@ def max_parts(num_kv_heads: int) -> int:
     return max(32, min(128, 256 // num_kv_heads))
 
 
-def prefill_warps(padded_dim: int) -> int:
-    """Warps that share the rows of a prefill program."""
-    return 4 if padded_dim <= 128 else 8
+def prefill_warps(head_dim: int, scaled: bool) -> int:
+    """Warps that share the rows of a prefill program: as few as spill no registers."""
+    padded_dim = triton.next_power_of_2(head_dim)
+    needs_more = padded_dim > 128 or head_dim < padded_dim or (scaled and padded_dim <= 64)
+    return 8 if needs_more else 4

@@ -223,12 +223,13 @@ def attention_kernels(capability: int) -> list[Compiled]:
 def attention_kernel(capability: int, case: Attention, tier: str) -> Compiled:
     padded = attention.triton.next_power_of_2(case.head_dim)
     scaled = case.cache in CACHES
+    tile = attention.tile_keys(case.head_dim, "prefill" if tier == "prefill" else "decode", scaled)
     parts = {"PART": 512, "MAX_PARTS": 32}
     group = attention.triton.next_power_of_2(case.group)
     kernel, warps, constants = {
         "prefill": (
             attention._prefill_kernel,
-            attention.prefill_warps(padded),
+            attention.prefill_warps(case.head_dim, scaled),
             {"PADDED_GROUP": group, "QUERIES": 64 // group},
         ),
         "decode": (attention._decode_kernel, 4, {"ROWS": 16, **parts}),
@@ -243,7 +244,7 @@ def attention_kernel(capability: int, case: Attention, tier: str) -> Compiled:
         "HEAD_DIM": case.head_dim,
         "PADDED_DIM": padded,
         "BLOCK_SIZE": case.block_size,
-        "TILE": attention.tile_keys(padded, "prefill" if tier == "prefill" else "decode", scaled),
+        "TILE": tile,
         "STAGES": 2,
         "GROUP": case.group,
         "WINDOW": case.window,
