@@ -108,29 +108,44 @@ def completions(
 def test_greedy_tokens_of_fifty_prompts_are_the_same_as_alone(
     real_checkpoint: Path, text_ids: list[int]
 ) -> None:
-    """In a crowd that comes and goes, with chunks of prompts and of layers, preempted, found in the
-    prefix cache, and drafted."""
+    """In a crowd that comes and goes, in chunks, from the prefix cache, and drafted."""
     decoder = load_decoder(real_checkpoint, CpuBackend("bfloat16"))
-    greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    prompts = {f"r{i}": text_ids[i * 35 : i * 35 + 20 + 5 * i] for i in range(50)}
+    greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    lengths = [20 + i + (230 if i % 10 == 9 else 0) for i in range(50)]
+    prompts = {f"r{i}": text_ids[i * 30 : i * 30 + length] for i, length in enumerate(lengths)}
     alone = build_engine(decoder, EngineConfig(prefix_cache=False))
     expected: dict[str, list[int]] = {}
     for request_id, prompt in prompts.items():
         expected[request_id] = completions(alone, {request_id: prompt}, greedy)[request_id]
-    block_bytes = 16 * 30 * 2 * 3 * 64 * 2
     crowds = {
-        "crowd": EngineConfig(max_num_seqs=16),
-        "starved": EngineConfig(max_num_seqs=16, kv_cache_memory_bytes=60 * block_bytes),
-        "in small chunks": EngineConfig(max_num_seqs=16, max_num_batched_tokens=24),
-        "with drafts": EngineConfig(max_num_seqs=8, max_draft_tokens=8),
+        "crowd": EngineConfig(max_num_seqs=16, max_itl_stretch=0),
+        "in small chunks": EngineConfig(
+            max_num_seqs=16, max_num_batched_tokens=50, max_itl_stretch=0
+        ),
+        "with drafts": EngineConfig(max_num_seqs=8, max_itl_stretch=0, max_draft_tokens=8),
     }
     for name, config in crowds.items():
         engine = build_engine(decoder, config)
-        received = completions(engine, prompts, greedy)
-        assert bool(received.pop("preemptions")) == (name == "starved")
-        assert received == expected, name
+        assert completions(engine, prompts, greedy) == expected | {"preemptions": []}, name
         if name == "crowd":  # and now from the prefix cache
             assert completions(engine, prompts, greedy) == expected | {"preemptions": []}
+
+
+def test_greedy_tokens_alone_in_a_crowd_and_after_preemption(
+    real_checkpoint: Path, text_ids: list[int]
+) -> None:
+    decoder = load_decoder(real_checkpoint, CpuBackend("bfloat16"))
+    prompts = {f"r{i}": text_ids[i * 150 : i * 150 + 20 + 13 * i] for i in range(8)}
+    block_bytes = 16 * 30 * 2 * 3 * 64 * 2
+    tight = EngineConfig(kv_cache_memory_bytes=24 * block_bytes)
+    crowd = completions(build_engine(decoder, EngineConfig()), prompts)
+    starved = completions(build_engine(decoder, tight), prompts)
+    assert not crowd["preemptions"]
+    assert starved["preemptions"]
+    for request_id, prompt in prompts.items():
+        alone = completions(build_engine(decoder, EngineConfig()), {request_id: prompt})
+        assert crowd[request_id] == alone[request_id]
+        assert starved[request_id] == alone[request_id]
 
 
 def test_seeded_tokens_alone_in_a_crowd_and_with_drafts(

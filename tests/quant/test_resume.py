@@ -562,7 +562,7 @@ def test_the_installed_command_is_interrupted(
     inputs: tuple[Path, Path], save_source: Callable[..., Any], tmp_path: Path
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "run" / "out"
-    save_source(model, **SIZES, num_hidden_layers=LONG_RUN)
+    save_source(model, **SIZES, num_hidden_layers=5 * LONG_RUN)
     text = ["--calibration", str(inputs[1]), *SHORT]
     interrupted = Command(["quantize", str(model), str(out), *text, "--group-size", "32"])
     interrupted.read_until(b"model.layers.1.")
