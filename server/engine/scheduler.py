@@ -334,7 +334,8 @@ class Scheduler:
                 sequence = first
                 self._start(sequence)
                 admitted.append(sequence)
-            budget -= self._schedule_chunk(sequence, budget, smallest_chunk)
+            # What is left of less than a token would cost the next prompt a layer of a whole chunk.
+            budget = int(budget - self._schedule_chunk(sequence, budget, smallest_chunk))
             scheduled.append(sequence)
         return len(preempted)
 

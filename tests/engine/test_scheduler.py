@@ -82,26 +82,40 @@ class Clock:
         self.now += 0.01 + self.token_seconds * output.num_prefill_tokens
 
 
-@pytest.mark.parametrize("token_seconds", [0.0001, 0.003, 0.02])
-def test_a_long_prompt_never_makes_a_step_longer_than_the_stretch(token_seconds: float) -> None:
-    """However dear its tokens are: a chunk's layers are spread over several steps."""
-    clock = Clock(token_seconds)
+GREEDY = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+
+
+def paced_engine(clock: Clock, *, num_layers: int, budget: int = 512) -> LLMEngine:
+    """One stream has decoded for a while, so that it is known how long that takes."""
     engine = LLMEngine(
         CheckingRunner(16, clock.elapse),
-        EngineConfig(block_size=16, max_itl_stretch=1.5),
+        EngineConfig(
+            block_size=16, max_itl_stretch=1.5, max_num_seqs=4, max_num_batched_tokens=budget
+        ),
         num_blocks=100,
         max_model_len=500,
         vocab_size=VOCAB,
         eos_token_ids=frozenset(),
-        num_layers=400,
+        num_layers=num_layers,
         clock=clock,
     )
-    greedy = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-    engine.add(engine.new_sequence("stream", [1, 2], greedy))
+    engine.add(engine.new_sequence("stream", [1, 2], GREEDY))
     for _ in range(20):
         engine.step()
-    short = SamplingParams(temperature=0, max_tokens=1)
-    engine.add(engine.new_sequence("long", [i % VOCAB for i in range(50)], short))
+    return engine
+
+
+def add_prompt(engine: LLMEngine, request_id: str, num_tokens: int) -> None:
+    prompt = [(len(request_id) + i) % VOCAB for i in range(num_tokens)]
+    engine.add(engine.new_sequence(request_id, prompt, GREEDY))
+
+
+@pytest.mark.parametrize("token_seconds", [0.0001, 0.003, 0.02])
+def test_a_long_prompt_never_makes_a_step_longer_than_the_stretch(token_seconds: float) -> None:
+    """However dear its tokens are: a chunk's layers are spread over several steps."""
+    clock = Clock(token_seconds)
+    engine = paced_engine(clock, num_layers=400)
+    add_prompt(engine, "long", 50)
     seconds, finished = [], False
     while not finished:
         began = clock.now
@@ -112,30 +126,30 @@ def test_a_long_prompt_never_makes_a_step_longer_than_the_stretch(token_seconds:
 
 
 def test_a_step_without_streams_finishes_a_chunk_that_was_begun() -> None:
-    clock = Clock(0.01)
-    runner = CheckingRunner(16, clock.elapse)
-    engine = LLMEngine(
-        runner,
-        EngineConfig(block_size=16, max_itl_stretch=1.5),
-        num_blocks=100,
-        max_model_len=1500,
-        vocab_size=VOCAB,
-        eos_token_ids=frozenset(),
-        num_layers=10,
-        clock=clock,
-    )
-    greedy = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
-    engine.add(engine.new_sequence("stream", [1, 2], greedy))
-    for _ in range(5):
-        engine.step()
-    engine.add(engine.new_sequence("long", [i % VOCAB for i in range(100)], greedy))
+    engine = paced_engine(Clock(0.01), num_layers=10)
+    add_prompt(engine, "long", 100)
     for _ in range(3):
         engine.step()
-    assert runner.num_partial_steps > 0
+    assert engine.runner.num_partial_steps > 0
     engine.abort("stream")
     engine.step()  # the rest of the chunk
     outputs = engine.step()  # the rest of the prompt
     assert [output.request_id for output in outputs] == ["long"]
+
+
+def test_a_fraction_of_a_token_begins_no_chunk() -> None:
+    """What the end of a partial chunk leaves of the budget goes to whole tokens alone."""
+    engine = paced_engine(Clock(0.01), num_layers=10, budget=64)
+    add_prompt(engine, "long", 100)
+    for _ in range(3):
+        engine.step()
+    engine.abort("stream")
+    add_prompt(engine, "second", 60)
+    add_prompt(engine, "another", 60)
+    output = engine.scheduler.schedule()
+    assert output.num_prefill_tokens % 1 > 0  # a part of the chunk had been computed before
+    assert [each.request_id for each in output.sequences if each.partial] == ["long"]
+    assert "another" not in [each.request_id for each in output.sequences]
 
 
 def test_stats_count_prompt_tokens_once_and_reset_after_an_abort() -> None:
