@@ -92,6 +92,34 @@ def step_milliseconds(decoders: dict[str, Decoder], token_ids: list[int]) -> dic
     return {name: statistics.median(values) * 1000 for name, values in times.items()}
 
 
+def quality(decoders: dict[str, Decoder], windows: list[list[int]]) -> dict[str, dict[str, float]]:
+    """Means over the windows: each cache against float32, and int8 against bfloat16."""
+    pairs = [("bfloat16", "int8")]
+    pairs += [("float32", other) for other in decoders if other != "float32"]
+    figures: dict[str, list[dict[str, float]]] = {}
+    for window in windows:
+        logits = {name: logits_of(decoder, window) for name, decoder in decoders.items()}
+        for left, right in pairs:
+            row = compare(logits[left], logits[right], window)
+            figures.setdefault(f"{right} against {left}", []).append(row)
+    return {
+        name: {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
+        for name, rows in figures.items()
+    }
+
+
+def tokens_per_gib(decoders: dict[str, Decoder]) -> dict[str, int]:
+    config = decoders["int8"].config
+    heads = 2 * config.num_layers * config.num_kv_heads
+    backends = {name: decoders[name].backend for name in ("bfloat16", "int8")}
+    for kind, dtype in TRITON.items():
+        backends[f"triton {kind}"] = TritonBackend(torch.device("cpu"), kv_dtype=dtype)
+    return {
+        name: (1 << 30) // (heads * backend.kv_head_bytes(config.head_dim))
+        for name, backend in backends.items()
+    }
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -124,30 +152,11 @@ def main() -> None:
             for kind in TRITON
         },
     }
-    figures: dict[str, list[dict[str, float]]] = {}
-    for window in windows:
-        logits = {name: logits_of(decoder, window) for name, decoder in decoders.items()}
-        pairs = [("bfloat16", "int8")]
-        pairs += [("float32", other) for other in decoders if other != "float32"]
-        for left, right in pairs:
-            row = compare(logits[left], logits[right], window)
-            figures.setdefault(f"{right} against {left}", []).append(row)
-    means = {
-        name: {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
-        for name, rows in figures.items()
-    }
+    means = quality(decoders, windows)
     print("KL         top-1 %   nll      comparison")
     for name, row in means.items():
         print(f"{row['kl']:.2e}   {row['top1'] * 100:6.2f}   {row['nll']:.4f}   {name}")
-    config = decoders["int8"].config
-    heads = 2 * config.num_layers * config.num_kv_heads
-    backends = {name: decoders[name].backend for name in ("bfloat16", "int8")}
-    for kind, dtype in TRITON.items():
-        backends[f"triton {kind}"] = TritonBackend(torch.device("cpu"), kv_dtype=dtype)
-    tokens = {
-        name: (1 << 30) // (heads * backend.kv_head_bytes(config.head_dim))
-        for name, backend in backends.items()
-    }
+    tokens = tokens_per_gib(decoders)
     decoders = {name: decoders[name] for name in ("bfloat16", "int8")}
     milliseconds = step_milliseconds(decoders, windows[0])
     print("tokens in 1 GiB   decode step ms   cache")
