@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -511,9 +512,13 @@ class Command:
     def __init__(self, arguments: list[str]) -> None:
         reading, writing = os.pipe()
         fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
-        self._process = subprocess.Popen(
-            [str(LOWBIT), *arguments], stderr=writing, stdout=subprocess.DEVNULL, env=ENVIRONMENT
-        )
+        with _signals_heeded():
+            self._process = subprocess.Popen(
+                [str(LOWBIT), *arguments],
+                stderr=writing,
+                stdout=subprocess.DEVNULL,
+                env=ENVIRONMENT,
+            )
         os.close(writing)
         self._reading = reading
         self.output = b""
@@ -531,6 +536,18 @@ class Command:
             self.output += part
         os.close(self._reading)
         return self._process.wait()
+
+
+@contextmanager
+def _signals_heeded() -> Iterator[None]:
+    """A process that is started meanwhile heeds Ctrl-C, though these tests may run in the
+    background of a shell that has them, and all that they start, ignore it.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_installed_command(
@@ -562,7 +579,7 @@ def test_the_installed_command_is_interrupted(
     inputs: tuple[Path, Path], save_source: Callable[..., Any], tmp_path: Path
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "run" / "out"
-    save_source(model, **SIZES, num_hidden_layers=5 * LONG_RUN)
+    save_source(model, **SIZES, num_hidden_layers=LONG_RUN)
     text = ["--calibration", str(inputs[1]), *SHORT]
     interrupted = Command(["quantize", str(model), str(out), *text, "--group-size", "32"])
     interrupted.read_until(b"model.layers.1.")
