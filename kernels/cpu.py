@@ -11,7 +11,6 @@ very keys and values in one prefill that it had first computed token by token.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import mmap
@@ -39,6 +38,7 @@ from .packing import (
     select_outputs,
     unpack_codes,
 )
+from .rotation import rotation
 
 logger = logging.getLogger(__name__)
 
@@ -188,11 +188,12 @@ class CpuBackend(KernelBackend):
         ]
 
     def store(self, keys: Tensor, values: Tensor, cache: KVCache, slots: Tensor) -> None:
-        """As they are, or in int8: keys rotated then, see `_rotation`."""
+        """As they are, or in int8: keys rotated then, in float64, so that a token's key does not
+        depend on the others of the step."""
         if cache.key_scales is None or cache.value_scales is None:
             super().store(keys, values, cache, slots)
             return
-        rotated = keys.to(torch.float64) @ _rotation(keys.shape[2])
+        rotated = keys.to(torch.float64) @ rotation(keys.shape[2])
         codes, scales = _quantize_heads(torch.cat((rotated.to(torch.float32), values), dim=1))
         num_kv_heads = keys.shape[1]
         super().store(codes[:, :num_kv_heads], codes[:, num_kv_heads:], cache, slots)
@@ -225,25 +226,8 @@ class CpuBackend(KernelBackend):
     ) -> Tensor:
         assert isinstance(plan, CpuPlan)
         if cache.key_scales is not None:
-            q = q.to(torch.float64) @ _rotation(q.shape[2])
+            q = q.to(torch.float64) @ rotation(q.shape[2])
         return attend(q, cache, plan, spec).flatten(1)
-
-
-@functools.cache
-def _rotation(head_dim: int) -> Tensor:
-    """[D, D] float64: Sylvester's orthogonal matrix, or blocks of it where D is no power of 2.
-
-    Keys have a few large channels, which would set the scale for all. Rotated, a head's numbers
-    are of one size; queries are rotated alike, which leaves the products as they are (Ashkboos et
-    al. 2024, "QuaRot", section 4). Values gain nothing by it. In float64, so that a token's key
-    does not depend on the others of the step.
-    """
-    size = head_dim & -head_dim
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    rotation: Tensor = torch.block_diag(*[matrix / math.sqrt(size)] * (head_dim // size))
-    return rotation
 
 
 def _quantize_heads(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,10 @@ class KernelBackend(Protocol):
     def attention(
         self, q: Tensor, cache: KVCache, plan: AttentionPlan, spec: AttentionSpec
     ) -> Tensor:
-        """Causal attention over the cached keys and values: q [T, H, D] -> [T, H * D]."""
+        """Causal attention over the cached keys and values: q [T, H, D] -> [T, H * D].
+
+        Queries as `rope_and_store` returned them: a backend may rotate them with the keys there.
+        """
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, like x."""

@@ -31,7 +31,7 @@ from lowbit.server.text.tokenizer import Tokenizer
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from kv_rounding import rounded
+from kv_rounding import rounded, rounded_keys
 from quantizers import commit, processor
 from stepping import BLOCK_SIZE, Prompt, caches_for, run_step
 
@@ -50,7 +50,7 @@ class RoundingBackend(CpuBackend):
     def store(
         self, keys: torch.Tensor, values: torch.Tensor, cache: KVCache, slots: torch.Tensor
     ) -> None:
-        keys, values = rounded(keys, self._kind), rounded(values, self._kind)
+        keys, values = rounded_keys(keys, self._kind), rounded(values, self._kind)
         super().store(keys, values, cache, slots)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kv_rounding import walsh
 from lowbit.kernels import cpu_attention, triton_backend
 from lowbit.kernels.cpu import CpuBackend, DenseLinear, Int4Linear
 from lowbit.kernels.interface import (
@@ -234,11 +235,6 @@ def stored_numbers(cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
     keys = keys * cache.key_scales.flatten(0, 1).double()[..., None]
     values = values * cache.value_scales.flatten(0, 1).double()[..., None]
     return keys @ walsh(keys.shape[-1]), values
-
-
-def walsh(size: int) -> torch.Tensor:
-    signs = [[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
-    return torch.tensor(signs, dtype=torch.float64) / math.sqrt(size)
 
 
 def attention_oracle(

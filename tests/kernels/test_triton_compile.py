@@ -74,6 +74,8 @@ def test_kernels_compile_to_what_makes_them_fast(
         assert kernel["stack_bytes"] == 0, describe(kernel)
         assert count(kernel, "STL", "LDL") == 0, describe(kernel)
         assert kernel["shared_bytes"] <= SHARED_BYTES[capability], describe(kernel)
+        if kernel["name"].startswith("rope"):  # a warp's lanes rotate a head among themselves
+            assert kernel["shared_bytes"] == 0, describe(kernel)
         if kernel["name"].startswith(("gem", "prefill", "decode")):
             assert count(kernel, *LOADS) > 0, describe(kernel)
         if kernel["name"].startswith(("gemm", "prefill", "decode")):

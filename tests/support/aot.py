@@ -25,6 +25,7 @@ from lowbit.kernels import triton_attention as attention
 from lowbit.kernels import triton_elementwise as elementwise
 from lowbit.kernels import triton_linear as linear
 from lowbit.kernels import triton_rope as rope
+from lowbit.kernels.rotation import rotation_size
 from lowbit.kernels.tuning import GpuTuning, default_tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -208,6 +209,8 @@ ATTENTIONS = (
     Attention(128, 8, cache="fp8"),
     Attention(256, 2, dtype="bf16", cache="fp8", window=4096, soft_cap=50.0),
 )
+# Whose keys are rotated in blocks.
+ROTATED = (Attention(80, 4, cache="int8"), Attention(96, 1, dtype="bf16", cache="int8"))
 
 
 def attention_kernels(capability: int) -> list[Compiled]:
@@ -216,7 +219,9 @@ def attention_kernels(capability: int) -> list[Compiled]:
         if case.cache != "fp8" or capability >= 89:
             built += [attention_kernel(capability, case, tier) for tier in ("prefill", "decode")]
     for case in (ATTENTIONS[1], ATTENTIONS[9]):
-        built += [attention_kernel(capability, case, tier) for tier in ("combine", "rope")]
+        built.append(attention_kernel(capability, case, "combine"))
+    for case in (ATTENTIONS[1], ATTENTIONS[3], *ATTENTIONS[7:10], *ROTATED):
+        built.append(attention_kernel(capability, case, "rope"))
     return built
 
 
@@ -226,6 +231,7 @@ def attention_kernel(capability: int, case: Attention, tier: str) -> Compiled:
     tile = attention.tile_keys(case.head_dim, "prefill" if tier == "prefill" else "decode", scaled)
     parts = {"PART": 512, "MAX_PARTS": 32}
     group = attention.triton.next_power_of_2(case.group)
+    rotated = rotation_size(case.head_dim) if case.cache == "int8" else 1
     kernel, warps, constants = {
         "prefill": (
             attention._prefill_kernel,
@@ -237,7 +243,11 @@ def attention_kernel(capability: int, case: Attention, tier: str) -> Compiled:
         "rope": (
             rope._rope_and_store_kernel,
             1,
-            {"ROTARY_HALF": case.head_dim // 2, "LARGEST": 127.0 if scaled else 0.0},
+            {
+                "ROTARY_HALF": case.head_dim // 2,
+                "LARGEST": 127.0 if scaled else 0.0,
+                "ROTATION_STAGES": rotated.bit_length() - 1,
+            },
         ),
     }[tier]
     constants |= {
