@@ -206,16 +206,15 @@ class KernelBackend(Protocol):
             for _ in range(num_layers)
         ]
 
-    def clear_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int]) -> None:
-        """Zero these blocks in all layers."""
-        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+    def clear_blocks(self, caches: Sequence[KVCache], blocks: Tensor) -> None:
+        """Zero these blocks [n] int64 in all layers."""
         for cache in caches:
             for tensor in cache.tensors:
-                tensor.index_fill_(0, index, 0)
+                tensor.index_fill_(0, blocks, 0)
 
-    def copy_blocks(self, caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (source, target) in all layers; no block is both source and target."""
-        source, target = torch.tensor(pairs, dtype=torch.int64, device=self.device).unbind(1)
+    def copy_blocks(self, caches: Sequence[KVCache], pairs: Tensor) -> None:
+        """Copy blocks [n, 2] int64, source to target, in all layers, as if all at once."""
+        source, target = pairs.unbind(1)
         for cache in caches:
             for tensor in cache.tensors:
                 tensor.index_copy_(0, target, tensor.index_select(0, source))

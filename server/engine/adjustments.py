@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..types import SamplingParams
 from .sequence import Sequence
-from .upload import upload
+from .transfer import upload
 
 _NEVER = float("-inf")
 
@@ -36,7 +36,8 @@ class Row:
     @property
     def position(self) -> int:
         """How many tokens of the completion come before the one to be chosen."""
-        return self.sequence.num_completion_tokens + self.num_drafts
+        sequence = self.sequence
+        return sequence.num_completion_tokens + sequence.num_pending_tokens + self.num_drafts
 
     @property
     def may_stop(self) -> bool:
@@ -51,13 +52,16 @@ class Row:
         return self.token_ids[self.sequence.num_prompt_tokens :]
 
 
-def adjust(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:
-    """logits [R, V] float32: themselves where no row asks for a change, else a changed copy."""
+def adjust(logits: Tensor, rows: SequenceOf[Row], pending: Tensor | None = None) -> Tensor:
+    """logits [R, V] float32: themselves where no row asks for a change, else a changed copy.
+
+    `pending` [R] int64 holds each row's last token where the host does not know it yet.
+    """
     if not any(map(_changes, rows)):
         return logits
     adjusted = logits.clone()
-    _penalize_repetition(adjusted, rows)
-    _penalize_completion(adjusted, rows)
+    _penalize_repetition(adjusted, rows, pending)
+    _penalize_completion(adjusted, rows, pending)
     _add_biases(adjusted, rows)
     _keep_allowed(adjusted, rows)
     _mask(adjusted, rows)
@@ -82,43 +86,57 @@ def _changes(row: Row) -> bool:
 class _Entries:
     """Logits of some rows, told by their place in the flattened logits."""
 
-    places: Tensor  # [n] int64
+    places: Tensor  # [n] int64: those the host knows, of all rows in turn, then those pending
     rows: list[int]
-    counts: list[int]  # of entries, for each of the rows
+    counts: list[int]  # of entries that the host knows, for each of the rows
+    num_pending: int  # of entries for each of the rows: 1 or 0
 
     def spread(self, values: list[float]) -> Tensor:
         """A value for each of the rows -> one for each entry: [n] float32."""
         of_rows = torch.tensor(values, dtype=torch.float32)
-        return upload(
-            of_rows.repeat_interleave(torch.tensor(self.counts)), torch.float32, self.places.device
-        )
+        of_entries = of_rows.repeat_interleave(torch.tensor(self.counts))
+        if self.num_pending:
+            of_entries = torch.cat([of_entries, of_rows])
+        return upload(of_entries, torch.float32, self.places.device)
 
 
 def _entries(
-    logits: Tensor, rows: SequenceOf[Row], token_ids: Callable[[Row], SequenceOf[int]]
+    logits: Tensor,
+    rows: SequenceOf[Row],
+    token_ids: Callable[[Row], SequenceOf[int] | None],
+    pending: Tensor | None = None,
 ) -> _Entries | None:
-    """Entries of the tokens that each row names; None where there are none at all."""
+    """Entries of the tokens that each row names, and of its pending one unless it names None.
+
+    None where there are none at all.
+    """
     tokens = array("q")
     indices: list[int] = []
     counts: list[int] = []
     for i, row in enumerate(rows):
         named = token_ids(row)
-        if named:
+        if named or (named is not None and pending is not None):
             tokens.extend(named)
             indices.append(i)
             counts.append(len(named))
-    if not tokens:
+    if not indices:
         return None
     starts = torch.tensor(indices) * logits.shape[1]
-    flat = torch.frombuffer(tokens, dtype=torch.int64) + starts.repeat_interleave(
-        torch.tensor(counts)
-    )
-    return _Entries(upload(flat, torch.int64, logits.device), indices, counts)
+    known = torch.frombuffer(tokens, dtype=torch.int64) if tokens else starts[:0]
+    flat = known + starts.repeat_interleave(torch.tensor(counts))
+    places = upload(flat, torch.int64, logits.device)
+    if pending is not None:
+        of_rows = upload(indices, torch.int64, logits.device)
+        places = torch.cat([places, pending[of_rows] + of_rows * logits.shape[1]])
+    return _Entries(places, indices, counts, int(pending is not None))
 
 
-def _penalize_repetition(logits: Tensor, rows: SequenceOf[Row]) -> None:
+def _penalize_repetition(logits: Tensor, rows: SequenceOf[Row], pending: Tensor | None) -> None:
     entries = _entries(
-        logits, rows, lambda row: row.token_ids if row.params.repetition_penalty != 1 else ()
+        logits,
+        rows,
+        lambda row: row.token_ids if row.params.repetition_penalty != 1 else None,
+        pending,
     )
     if entries is None:
         return
@@ -129,13 +147,14 @@ def _penalize_repetition(logits: Tensor, rows: SequenceOf[Row]) -> None:
     logits.view(-1).scatter_(0, entries.places, penalized)
 
 
-def _penalize_completion(logits: Tensor, rows: SequenceOf[Row]) -> None:
+def _penalize_completion(logits: Tensor, rows: SequenceOf[Row], pending: Tensor | None) -> None:
     entries = _entries(
         logits,
         rows,
         lambda row: (
-            row.completion if row.params.presence_penalty or row.params.frequency_penalty else ()
+            row.completion if row.params.presence_penalty or row.params.frequency_penalty else None
         ),
+        pending,
     )
     if entries is None:
         return

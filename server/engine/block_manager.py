@@ -144,20 +144,22 @@ class BlockManager:
         sequence.num_committed_blocks = num_full
 
     def trim(self, sequence: Sequence) -> None:
-        """Give back the blocks behind the last known token."""
+        """Give back the blocks behind the last known token, where only draft tokens were."""
         kept = self.blocks_for(sequence.num_tokens)
         self._release_blocks(sequence.block_table[kept:])
+        self.soil(sequence.block_table[kept:])
         del sequence.block_table[kept:]
 
-    def release(self, sequence: Sequence, *, verified: bool = True) -> None:
+    def release(self, sequence: Sequence, *, num_verified_tokens: int) -> None:
         """Give all blocks of the sequence back.
 
-        Those that are not `verified`, nor found in the prefix cache, may hold numbers that are not
-        finite. They are cleared before they are used again: a weight of 0 does not hide a NaN.
+        What is behind the first `num_verified_tokens`, and not found in the prefix cache, may be
+        numbers that are not finite. It is cleared before it is used again: a weight of 0 does not
+        hide a NaN.
         """
         self._release_blocks(sequence.block_table)
-        if not verified:
-            self.soil(block for block in sequence.block_table if self._hashes[block] is None)
+        unverified = sequence.block_table[num_verified_tokens // self.block_size :]
+        self.soil(block for block in unverified if self._hashes[block] is None)
         sequence.block_table = []
         sequence.num_cached_tokens = 0
         sequence.num_committed_blocks = 0
@@ -173,7 +175,7 @@ class BlockManager:
         self._soiled.update(block for block in blocks if self._num_users[block] == 0)
 
     def take_clears(self) -> list[int]:
-        """Blocks to zero before the step's forward pass, and before its copies."""
+        """Blocks to zero before the step's forward pass, but after its copies."""
         clears, self._clears = self._clears, []
         return clears
 
@@ -206,6 +208,8 @@ class BlockManager:
     def _replace(self, table: list[int], index: int) -> None:
         target = self._allocate()
         self._copies.append((table[index], target))
+        if target in self._clears:  # it is written over as a whole
+            self._clears.remove(target)
         self._release_blocks(table[index : index + 1])
         table[index] = target
 

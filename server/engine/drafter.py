@@ -34,10 +34,17 @@ class _Record:
 
     def draft_length(self, cost: float) -> int:
         """As long as the last of the tokens is likelier to stand than it is dear."""
-        rate = self.successes / self.trials
-        if rate <= cost:
+        if not self.pays(cost):
             return self._attempt()
-        return int(math.log(cost) / math.log(min(rate, 0.99)))
+        return int(math.log(cost) / math.log(min(self._rate, 0.99)))
+
+    def pays(self, cost: float) -> bool:
+        """Whether a guess is likelier to stand than it is dear."""
+        return self._rate > cost
+
+    @property
+    def _rate(self) -> float:
+        return self.successes / self.trials
 
     def observe(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
         """Tokens behind the first wrong one say nothing."""
@@ -97,11 +104,7 @@ class PromptLookupDrafter:
     def propose(self, sequence: Sequence, num_running: int, max_draft_tokens: int) -> list[int]:
         if num_running > _MAX_NUM_RUNNING:
             return []
-        if sequence.history is None:
-            sequence.history = _History()
-        history = sequence.history
-        assert isinstance(history, _History)
-        history.index(sequence.token_ids)
+        history = _history(sequence)
         found = history.find(sequence.token_ids)
         if found is None:
             return []
@@ -111,10 +114,27 @@ class PromptLookupDrafter:
         period = sequence.num_tokens - start  # what followed may reach into what is proposed
         return [sequence.token_ids[start + i % period] for i in range(length)]
 
+    def has_hope(self, sequence: Sequence, num_running: int) -> bool:
+        """Whether what was said last stood before, and what follows such a match pays."""
+        if num_running > _MAX_NUM_RUNNING:
+            return False
+        history = _history(sequence)
+        found = history.find(sequence.token_ids)
+        return found is not None and history.records[found[0]].pays(_relative_cost(num_running))
+
     def observe(self, sequence: Sequence, num_draft_tokens: int, num_accepted_tokens: int) -> None:
         history = sequence.history
         assert isinstance(history, _History)
         history.records[history.last_used].observe(num_draft_tokens, num_accepted_tokens)
+
+
+def _history(sequence: Sequence) -> _History:
+    """What is known of the sequence, up to its last known token."""
+    if sequence.history is None:
+        sequence.history = _History()
+    assert isinstance(sequence.history, _History)
+    sequence.history.index(sequence.token_ids)
+    return sequence.history
 
 
 def _relative_cost(num_running: int) -> float:

@@ -1,4 +1,7 @@
-"""The synchronous engine: one thread calls `step` until no work is left."""
+"""The synchronous engine: one thread calls `step` until no work is left.
+
+Where the device works by itself, the next step is launched before this one's tokens are known.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import secrets
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from ..config import EngineConfig
 from ..types import (
@@ -39,6 +43,36 @@ class Runner(Protocol):
     def execute(self, output: SchedulerOutput) -> list[SequenceResult]: ...
 
 
+class Launched(Protocol):
+    """A step that the device is working on."""
+
+    def wait(self) -> list[SequenceResult]: ...
+
+
+class Launcher(Protocol):
+    """A runner that need not wait for a step to launch the next."""
+
+    def launch(self, output: SchedulerOutput, previous: Any = None) -> Launched:
+        """`output` follows a step that this has returned before, whose tokens are pending."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    results: list[SequenceResult]
+
+    def wait(self) -> list[SequenceResult]:
+        return self.results
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step between its launch and its update."""
+
+    output: SchedulerOutput
+    launched: Launched
+    num_prompt_tokens: int  # of the prompts that it ends
+
+
 class LLMEngine:
     def __init__(
         self,
@@ -51,9 +85,13 @@ class LLMEngine:
         eos_token_ids: frozenset[int],
         num_layers: int = 1,
         drafter: Drafter | None = None,
+        launcher: Launcher | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`launcher` is the runner, if it can launch a step before the last one's end."""
         self.runner = runner
+        self._launcher = launcher
+        self._flight: _Flight | None = None  # launched in the step before
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
@@ -64,7 +102,7 @@ class LLMEngine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._flight is not None
 
     def new_sequence(
         self,
@@ -131,28 +169,63 @@ class LLMEngine:
 
         Raises EngineFailed when the second step in a row fails.
         """
+        news = self.scheduler.expire()
+        flight = self._flight or self._begin(news)
+        self._flight = None
+        if flight is None:
+            return news
+        self._flight = self._launch_following(flight, news)
+        output = flight.output
+        self.current_step = output
+        try:
+            results = flight.launched.wait()
+        except Exception as error:
+            return news + self._fail(output, error)
+        self.current_step = None
+        self._num_failed_steps = 0
+        made = self.scheduler.update(output, results)
+        num_accepted = sum(len(result.tokens) - 1 for result in results if result.tokens)
+        self.last_step = self._stats(output, flight.num_prompt_tokens, len(made), num_accepted)
+        return news + made
+
+    def _begin(self, news: list[TokenOutput]) -> _Flight | None:
+        """Launch a step when none is on its way; None where nothing is to be computed."""
         output = self.scheduler.schedule()
         if not output.sequences:
             self.last_step = self._stats(output)
-            return output.ended
-        finished_prompts = [
+            return None
+        return self._launch(output, None, news)
+
+    def _launch_following(self, flight: _Flight, news: list[TokenOutput]) -> _Flight | None:
+        if self._launcher is None:
+            return None
+        output = self.scheduler.schedule_after(flight.output)
+        return None if output is None else self._launch(output, flight, news)
+
+    def _launch(
+        self, output: SchedulerOutput, previous: _Flight | None, news: list[TokenOutput]
+    ) -> _Flight | None:
+        ended_prompts = [
             s.num_prompt_tokens
             for s in output.sequences
-            if s.num_completion_tokens == 0 and s.yields_token
+            if s.num_completion_tokens == 0 and s.num_pending_tokens == 0 and s.yields_token
         ]
         self.current_step = output
         try:
-            results = self.runner.execute(output)
+            launched: Launched
+            if self._launcher is None:
+                launched = _Done(self.runner.execute(output))
+            else:
+                launched = self._launcher.launch(output, previous.launched if previous else None)
         except Exception as error:
-            return output.ended + self._fail(output, error)
-        self.current_step = None
-        self._num_failed_steps = 0
-        news = self.scheduler.update(output, results)
-        num_accepted = sum(len(result.tokens) - 1 for result in results if result.tokens)
-        self.last_step = self._stats(output, sum(finished_prompts), len(news), num_accepted)
-        return output.ended + news
+            news += self._fail(output, error)
+            return None
+        return _Flight(output, launched, sum(ended_prompts))
 
     def _fail(self, output: SchedulerOutput, error: Exception) -> list[TokenOutput]:
+        if self.scheduler.is_void(output):  # it followed one that failed, or all have left
+            logger.error("a step for nobody failed: %s", error)
+            return []
         self._num_failed_steps += 1
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             raise EngineFailed(f"{self._num_failed_steps} steps in a row failed") from error

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ...kernels.interface import ForwardBatch, KVCache
 from ..model.decoder import Decoder
-from .upload import stage
+from .transfer import stage
 
 logger = logging.getLogger(__name__)
 
@@ -148,13 +148,18 @@ class DecodeGraphs:
         return min((each for each in self._recorded if each >= num_seqs), default=None)
 
     @torch.inference_mode()
-    def run(self, rows: SequenceOf[DecodeRow]) -> Tensor | None:
+    def run(self, rows: SequenceOf[DecodeRow], token_ids: Tensor | None = None) -> Tensor | None:
         """Logits [B, V] float32 of a decode step, valid until the next run; None without a bucket
-        that holds the rows."""
+        that holds the rows.
+
+        `token_ids` [B] int64 on the device stand for those of the rows.
+        """
         bucket = self.bucket_of(len(rows))
         if bucket is None:
             return None
         self._fill(rows, bucket)
+        if token_ids is not None:
+            self._input_ids[: len(rows)].copy_(token_ids)
         replay, logits = self._recorded[bucket]
         replay()
         return logits[: len(rows)]

@@ -1,10 +1,14 @@
-"""Turns a SchedulerOutput into tensors, runs the decoder, samples. Owns the KV cache."""
+"""Turns a SchedulerOutput into tensors, runs the decoder, samples. Owns the KV cache.
+
+A step is launched, and waited for when its tokens are wanted on the host; the next one may be
+launched between the two and takes the tokens where they are.
+"""
 
 from __future__ import annotations
 
 import logging
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -14,14 +18,51 @@ from ...kernels.interface import ForwardBatch
 from ..model.decoder import Decoder, StepContext
 from . import constraints
 from .graph_runner import DecodeGraphs, DecodeRow, Recorder, batch_buckets
-from .sampler import Sampler, prompt_logprobs
+from .sampler import Draws, Sampler, prompt_logprobs
 from .scheduler import SchedulerOutput
 from .sequence import PartialChunk, Sequence, SequenceResult
-from .upload import upload
+from .transfer import upload
 
 logger = logging.getLogger(__name__)
 
-Begun = dict[Sequence, Future[constraints.Allowed] | None]
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one forward pass gives the sequences that yield."""
+
+    yielding: list[Sequence]
+    draws: Draws
+    allowed: list[constraints.Allowed]
+
+    def wait(self) -> dict[Sequence, SequenceResult]:
+        results = constraints.advance(self.yielding, self.draws.wait(), self.allowed)
+        return dict(zip(self.yielding, results, strict=True))
+
+
+class LaunchedStep:
+    """A step whose work the device has, or has done."""
+
+    def __init__(self, yielding: list[Sequence], passes: list[Pass]) -> None:
+        self._yielding = yielding
+        self._passes = passes
+
+    def wait(self) -> list[SequenceResult]:
+        """One result per sequence that yields and has no `error`."""
+        results: dict[Sequence, SequenceResult] = {}
+        for each in self._passes:
+            results |= each.wait()
+        return [results[sequence] for sequence in self._yielding if not sequence.error]
+
+    def tokens_of(self, sequences: list[Sequence]) -> Tensor:
+        """[B] int64 on the device: what was drawn for each, in a step without draft tokens."""
+        order = [sequence for each in self._passes for sequence in each.yielding]
+        tokens = _joined([each.draws.tokens for each in self._passes])
+        assert len(tokens) == len(order)
+        if sequences == order:
+            return tokens
+        places = {sequence: place for place, sequence in enumerate(order)}
+        rows = [places[sequence] for sequence in sequences]
+        return tokens[upload(rows, torch.int64, tokens.device)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +71,15 @@ class HiddenStates:
 
     x: Tensor  # [T, C]
     context: StepContext
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A step as far as it has been launched."""
+
+    begun: dict[Sequence, Future[constraints.Allowed] | None]
+    previous: LaunchedStep | None  # which draws the tokens that are pending
+    passes: list[Pass] = field(default_factory=list)
 
 
 class ModelRunner:
@@ -41,7 +91,7 @@ class ModelRunner:
         self.kv_caches = model.backend.allocate_kv_cache(
             config.num_layers, num_blocks + 1, block_size, config.num_kv_heads, config.head_dim
         )
-        self.sampler = Sampler()
+        self.sampler = Sampler(looks=model.backend.device.type == "cpu")
         self.graphs: DecodeGraphs | None = None
         self._constraint_threads = constraints.ConstraintThreads()
 
@@ -60,9 +110,13 @@ class ModelRunner:
         )
         self.graphs.record(batch_buckets(max_num_seqs), max_bytes)
 
-    @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
-        """Compute the scheduled tokens; one result per sequence that yields and has no `error`.
+        """Compute the scheduled tokens; one result per sequence that yields and has no `error`."""
+        return self.launch(output).wait()
+
+    @torch.inference_mode()
+    def launch(self, output: SchedulerOutput, previous: LaunchedStep | None = None) -> LaunchedStep:
+        """Have the scheduled tokens computed; those that are pending are what `previous` draws.
 
         What the device's memory does not hold in one pass is computed in smaller ones. A sequence
         that even alone does not fit has its `error` set.
@@ -70,15 +124,13 @@ class ModelRunner:
         self._prepare_blocks(output)
         yielding = [sequence for sequence in output.sequences if sequence.yields_token]
         begun = dict(zip(yielding, self._constraint_threads.begin(yielding), strict=True))
-        results: dict[Sequence, SequenceResult] = {}
-        self._run(output.sequences, begun, results)
-        return [results[sequence] for sequence in yielding if not sequence.error]
+        work = _Work(begun, previous)
+        self._run(output.sequences, work)
+        return LaunchedStep(yielding, work.passes)
 
-    def _run(
-        self, sequences: list[Sequence], begun: Begun, results: dict[Sequence, SequenceResult]
-    ) -> None:
+    def _run(self, sequences: list[Sequence], work: _Work) -> None:
         try:
-            results.update(self._pass(sequences, begun))
+            self._pass(sequences, work)
             return
         except torch.OutOfMemoryError as error:
             num_tokens = sum(sequence.num_scheduled_tokens for sequence in sequences)
@@ -89,60 +141,59 @@ class ModelRunner:
         first, *others = sequences
         if others:
             middle = len(sequences) // 2
-            self._run(sequences[:middle], begun, results)
-            self._run(sequences[middle:], begun, results)
+            self._run(sequences[:middle], work)
+            self._run(sequences[middle:], work)
         elif num_tokens > 1 and first.partial is None and not first.draft_token_ids:
-            self._run_window(first, 0, num_tokens // 2, begun, results)
+            self._run_window(first, 0, num_tokens // 2, work)
             if not first.error:
-                self._run_window(first, num_tokens // 2, num_tokens, begun, results)
+                self._run_window(first, num_tokens // 2, num_tokens, work)
         else:
             first.error = (
                 f"out of memory: the device has no room for {num_tokens} tokens of this sequence "
                 f"after {first.num_cached_tokens}"
             )
 
-    def _run_window(
-        self,
-        sequence: Sequence,
-        start: int,
-        end: int,
-        begun: Begun,
-        results: dict[Sequence, SequenceResult],
-    ) -> None:
+    def _run_window(self, sequence: Sequence, start: int, end: int, work: _Work) -> None:
         """Some of its scheduled tokens, as if no more were scheduled."""
         before = sequence.num_cached_tokens, sequence.num_scheduled_tokens
         sequence.num_cached_tokens += start
         sequence.num_scheduled_tokens = end - start
         try:
-            self._run([sequence], begun, results)
+            self._run([sequence], work)
         finally:
             sequence.num_cached_tokens, sequence.num_scheduled_tokens = before
 
-    def _pass(self, sequences: list[Sequence], begun: Begun) -> dict[Sequence, SequenceResult]:
+    def _pass(self, sequences: list[Sequence], work: _Work) -> None:
         yielding = [sequence for sequence in sequences if sequence.yields_token]
         advanced: dict[PartialChunk, HiddenStates] = {}
-        logits = self._forward(sequences, advanced)
-        allowed = constraints.wait([begun[sequence] for sequence in yielding])
-        masks = [each.masks for each in allowed]
-        results = self.sampler.sample(_joined(logits), yielding, masks) if yielding else []
+        pending = work.previous.tokens_of(sequences) if work.previous else None
+        logits = self._forward(sequences, pending, advanced)
+        if yielding:
+            allowed = constraints.wait([work.begun[sequence] for sequence in yielding])
+            masks = [each.masks for each in allowed]
+            draws = self.sampler.draw(_joined(logits), yielding, masks, pending)
+            work.passes.append(Pass(yielding, draws, allowed))
         # Only now: a pass that fails may be repeated.
         for partial, state in advanced.items():
             partial.hidden = state
-        return dict(zip(yielding, constraints.advance(yielding, results, allowed), strict=True))
 
     def _forward(
-        self, sequences: list[Sequence], advanced: dict[PartialChunk, HiddenStates]
+        self,
+        sequences: list[Sequence],
+        pending: Tensor | None,
+        advanced: dict[PartialChunk, HiddenStates],
     ) -> list[Tensor]:
         """Logits of the sequences' logit rows in parts [r, V]; the prompts' logprobs are kept.
 
-        Notes how far it came with partial chunks in `advanced`.
+        `pending` holds the sequences' tokens where the host does not know them yet. Notes how far
+        it came with partial chunks in `advanced`.
         """
         whole = [sequence for sequence in sequences if sequence.partial is None]
         parts = []
         if whole:
-            logits = self._replay(whole)
+            logits = self._replay(whole, pending)
             if logits is None:
-                inputs = self._inputs(whole)
+                inputs = self._inputs(whole, pending)
                 logits = self.model.forward(
                     *inputs, self._batch(whole), self.kv_caches, self._rows(whole)
                 )
@@ -156,19 +207,19 @@ class ModelRunner:
                 parts.append(_without_prompt_rows(logits, [sequence]))
         return parts
 
-    def _replay(self, sequences: list[Sequence]) -> Tensor | None:
+    def _replay(self, sequences: list[Sequence], pending: Tensor | None) -> Tensor | None:
         """Logits [B, V] of a step that only decodes; None where it has no graph."""
         if self.graphs is None or not all(map(_only_decodes, sequences)):
             return None
         rows = [
             DecodeRow(
-                token_id=sequence.token_ids[-1],
+                token_id=sequence.token_ids[-1],  # unless another is pending
                 position=sequence.num_cached_tokens,
                 block_table=sequence.block_table,
             )
             for sequence in sequences
         ]
-        return self.graphs.run(rows)
+        return self.graphs.run(rows, pending)
 
     def _advance(self, sequence: Sequence, partial: PartialChunk) -> HiddenStates:
         """A partial chunk through the layers of this step."""
@@ -182,12 +233,17 @@ class ModelRunner:
         x = self.model.run_layers(state.x, state.context, layers.start, layers.stop)
         return HiddenStates(x, state.context)
 
-    def _inputs(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+    def _inputs(
+        self, sequences: list[Sequence], pending: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Token ids and positions, both [T]."""
         device = self.model.backend.device
-        ids = [token for sequence in sequences for token in sequence.scheduled_token_ids]
         positions = [p for sequence in sequences for p in _scheduled_positions(sequence)]
-        return upload(ids, torch.int64, device), upload(positions, torch.int64, device)
+        ids = pending
+        if ids is None:
+            known = [token for sequence in sequences for token in sequence.scheduled_token_ids]
+            ids = upload(known, torch.int64, device)
+        return ids, upload(positions, torch.int64, device)
 
     def _rows(self, sequences: list[Sequence]) -> Tensor:
         """Whose logits are wanted, of the tokens laid end to end: first all that yield, then those
@@ -203,10 +259,13 @@ class ModelRunner:
         return upload(rows, torch.int64, self.model.backend.device)
 
     def _prepare_blocks(self, output: SchedulerOutput) -> None:
-        if output.blocks_to_clear:
-            self.model.backend.clear_blocks(self.kv_caches, output.blocks_to_clear)
+        backend = self.model.backend
         if output.block_copies:
-            self.model.backend.copy_blocks(self.kv_caches, output.block_copies)
+            pairs = upload(output.block_copies, torch.int64, backend.device)
+            backend.copy_blocks(self.kv_caches, pairs)
+        if output.blocks_to_clear:
+            blocks = upload(output.blocks_to_clear, torch.int64, backend.device)
+            backend.clear_blocks(self.kv_caches, blocks)
 
     def _batch(self, sequences: list[Sequence]) -> ForwardBatch:
         device = self.model.backend.device

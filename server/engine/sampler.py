@@ -2,7 +2,7 @@
 
 R rows of a step want a token, V is the size of the vocabulary. The order of what happens to a row
 stands in `SamplingParams`. All of it happens where the logits are; one small tensor of a few
-numbers per row is copied to the host.
+numbers per row is copied to the host. Who has the draws there need not wait for the copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..types import SamplingParams, TokenLogprob
 from .adjustments import Row, adjust
 from .sequence import SampledToken, Sequence, SequenceResult
-from .upload import upload
+from .transfer import Download, upload
 
 _NUM_CANDIDATES = (256, 4096)  # looked at first; few distributions reach further
 _BLOCK = 512  # weights that a draw takes together at first
@@ -41,16 +41,31 @@ class Sampler:
     tokens are the very ones that would have been drawn without drafts.
     """
 
+    def __init__(self, *, looks: bool = True) -> None:
+        """`looks`: see Draws. Set where the logits are on the host."""
+        self._looks = looks
+
     def sample(
         self,
         logits: Tensor,
         sequences: SequenceOf[Sequence],
         allowed: SequenceOf[SequenceOf[bytes]] | None = None,
     ) -> list[SequenceResult]:
+        """What `draw` draws, known to the host."""
+        return self.draw(logits, sequences, allowed).wait()
+
+    def draw(
+        self,
+        logits: Tensor,
+        sequences: SequenceOf[Sequence],
+        allowed: SequenceOf[SequenceOf[bytes]] | None = None,
+        pending: Tensor | None = None,
+    ) -> Draws:
         """logits [R, V] float32, for each sequence its last token's row and those of its drafts.
 
         `allowed` holds, for each sequence, what its TokenConstraint allows at its rows; none
         at all for a sequence without one, fewer than rows where a draft token is not allowed.
+        `pending` [R] int64 holds each row's last token where the host does not know it yet.
         """
         masks = allowed or [()] * len(sequences)
         rows = [
@@ -58,46 +73,88 @@ class Sampler:
             for sequence, mask in zip(sequences, masks, strict=True)
             for j in range(1 + len(sequence.draft_token_ids))
         ]
-        drawn = iter(_sample(logits, rows))
-        return [_verify(sequence.draft_token_ids, drawn) for sequence in sequences]
+        return Draws(logits, sequences, rows, pending, looks=self._looks)
+
+
+class Draws:
+    """The tokens of a step, chosen but not known to the host until it waits for them.
+
+    With top-p or min-p a token is first chosen among a few candidates; where those were too few, it
+    is chosen again among more. Where that costs no wait, one `looks` and does so at once. Else who
+    waits finds out, and meanwhile `tokens` holds a choice that may be revised.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        sequences: SequenceOf[Sequence],
+        rows: SequenceOf[Row],
+        pending: Tensor | None,
+        *,
+        looks: bool,
+    ) -> None:
+        self._drafts = [list(sequence.draft_token_ids) for sequence in sequences]
+        self._rows = rows
+        self._normalizers = logits.logsumexp(dim=-1)
+        adjusted = adjust(logits, rows, pending)
+        best = adjusted.max(dim=-1)
+        self._finite = best.values.isfinite() & self._normalizers.isfinite()
+        self._choice = _Choice(adjusted, best.values, best.indices, rows)
+        self._rounds = iter((*_NUM_CANDIDATES, logits.shape[1]))
+        reached = self._choice.draw(next(self._rounds))
+        while looks and not self._choice.settle(reached.tolist()):
+            reached = self._choice.draw(next(self._rounds))
+        # Until it is known whether all are settled, the next step may write over the logits.
+        self._logits = logits if looks or self._choice.is_settled else logits.clone()
+        self._download = self._describe(reached)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[R] int64, where the logits are."""
+        return self._choice.tokens
+
+    @torch.inference_mode()
+    def wait(self) -> list[SequenceResult]:
+        """One result per sequence."""
+        columns, is_finite, is_reached = self._received()
+        first = columns[0]
+        while not self._choice.settle(is_reached):
+            self._download = self._describe(self._choice.draw(next(self._rounds)))
+            columns, is_finite, is_reached = self._received()
+        tokens = _sampled_tokens(columns, [row.params.top_logprobs for row in self._rows])
+        rows = zip(self._rows, tokens, is_finite, first, strict=True)
+        drawn = iter(
+            (token, token.token_id != before) if finite else (_not_finite(row), False)
+            for row, token, finite, before in rows
+        )
+        return [_verify(drafts, drawn) for drafts in self._drafts]
+
+    def _describe(self, reached: Tensor) -> Download:
+        most = max(row.params.top_logprobs for row in self._rows)
+        described = _describe(self._logits, self._normalizers, self._choice.tokens, most)
+        return Download(_joined(described, self._finite, reached))
+
+    def _received(self) -> tuple[list[list[float]], list[float], list[float]]:
+        """(columns that `_describe` makes, whether each row is finite, whether it is settled)."""
+        *columns, is_finite, is_reached = _columns(self._download)
+        return columns, is_finite, is_reached
 
 
 def _verify(
-    draft_token_ids: list[int], drawn: Iterator[SampledToken | _NotFinite]
+    draft_token_ids: list[int], drawn: Iterator[tuple[SampledToken | _NotFinite, bool]]
 ) -> SequenceResult:
     tokens: list[SampledToken] = []
+    is_revised = False
     own = [next(drawn) for _ in range(1 + len(draft_token_ids))]
-    for token, draft in zip(own, [*draft_token_ids, None], strict=True):
+    for (token, was_revised), draft in zip(own, [*draft_token_ids, None], strict=True):
         if isinstance(token, _NotFinite):
             # What came before it stands; the next step will meet it again at its first row.
             return SequenceResult(tuple(tokens)) if tokens else SequenceResult(error=token.error)
         tokens.append(token)
+        is_revised |= was_revised
         if token.token_id != draft:
             break
-    return SequenceResult(tuple(tokens))
-
-
-def _sample(logits: Tensor, rows: SequenceOf[Row]) -> list[SampledToken | _NotFinite]:
-    adjusted = adjust(logits, rows)
-    best = adjusted.max(dim=-1)
-    normalizers = logits.logsumexp(dim=-1)
-    finite = best.values.isfinite() & normalizers.isfinite()
-    draws = _Draws(adjusted, best.values, best.indices, rows)
-    numbers = [row.params.top_logprobs for row in rows]
-    for num_candidates in (*_NUM_CANDIDATES, logits.shape[1]):
-        reached = draws.draw(num_candidates)
-        # Where nothing must be waited for, what is not settled need not be described.
-        if logits.device.type == "cpu" and not draws.settle(reached.tolist()):
-            continue
-        described = _describe(logits, normalizers, draws.tokens, max(numbers))
-        *columns, is_finite, is_reached = _download(described, finite, reached)
-        if draws.settle(is_reached):
-            break
-    tokens = _sampled_tokens(columns, numbers)
-    return [
-        token if each else _not_finite(row)
-        for token, each, row in zip(tokens, is_finite, rows, strict=True)
-    ]
+    return SequenceResult(tuple(tokens), is_revised=is_revised)
 
 
 def _describe(logits: Tensor, normalizers: Tensor, tokens: Tensor, most: int) -> Tensor:
@@ -116,10 +173,14 @@ def _describe(logits: Tensor, normalizers: Tensor, tokens: Tensor, most: int) ->
     return torch.stack([column.to(torch.float64) for column in columns], dim=1)
 
 
-def _download(*tensors: Tensor) -> list[list[float]]:
-    """Their columns, all in one copy: [R] or [R, n] each."""
+def _joined(*tensors: Tensor) -> Tensor:
+    """[R] or [R, n] each, side by side: float64."""
     parts = [(each if each.dim() == 2 else each[:, None]).to(torch.float64) for each in tensors]
-    columns: list[list[float]] = torch.cat(parts, dim=1).t().tolist()
+    return torch.cat(parts, dim=1)
+
+
+def _columns(download: Download) -> list[list[float]]:
+    columns: list[list[float]] = download.wait().t().tolist()
     return columns
 
 
@@ -145,7 +206,8 @@ def _sampled_tokens(columns: list[list[float]], numbers: SequenceOf[int]) -> lis
 def prompt_logprobs(logits: Tensor, token_ids: list[int], number: int) -> list[TokenLogprob]:
     """How likely each token was, with candidates: logits [R, V] are those before each of them."""
     tokens = upload(token_ids, torch.int64, logits.device)
-    columns = _download(_describe(logits, logits.logsumexp(dim=-1), tokens, number))
+    described = _describe(logits, logits.logsumexp(dim=-1), tokens, number)
+    columns = _columns(Download(described))
     return [
         TokenLogprob(token_id=t.token_id, logprob=t.logprob, top=t.top_logprobs, rank=t.rank)
         for t in _sampled_tokens(columns, [number] * len(token_ids))
@@ -162,7 +224,7 @@ def _not_finite(row: Row) -> _NotFinite:
 # that the last bit of a sum, and with it a draw, does not change with the batch.
 
 
-class _Draws:
+class _Choice:
     """The tokens of a step: the best of rows without randomness, draws of the others."""
 
     def __init__(
@@ -206,6 +268,11 @@ class _Draws:
     def settle(self, reached: SequenceOf[float]) -> bool:
         """Note what `draw` has said; whether all rows are settled."""
         self._cut = [i for i in self._cut if not reached[i]]
+        return self.is_settled
+
+    @property
+    def is_settled(self) -> bool:
+        """As far as is known."""
         return not self._cut
 
     def _weights(self, rows: list[int]) -> tuple[Tensor, Tensor]:

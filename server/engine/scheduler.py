@@ -43,15 +43,14 @@ _RESERVED = 8  # one in so many places is for tenants below their fair share
 class SchedulerOutput:
     """The sequences of one step; each has `num_scheduled_tokens` set. Partial chunks come last.
 
-    Before the forward pass, in this order: `blocks_to_clear` are zeroed, then each pair of
-    `block_copies` is copied, source to target, as if all at once.
+    Before the forward pass, in this order: each pair of `block_copies` is copied, source to target,
+    as if all at once, then `blocks_to_clear` are zeroed, among them what was a source.
     """
 
     sequences: list[Sequence]
     num_preemptions: int
     blocks_to_clear: list[int] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
-    ended: list[TokenOutput] = field(default_factory=list)  # their time is over
     num_decodes: int = 0  # the first so many of the sequences
     num_draft_tokens: int = 0
     num_prefill_tokens: float = 0.0  # a token counts for the share of the layers it goes through
@@ -74,6 +73,9 @@ class Drafter(Protocol):
 
     def propose(self, sequence: Sequence, num_running: int, max_draft_tokens: int) -> list[int]:
         """At most `max_draft_tokens` tokens to follow the last known one; none is always right."""
+
+    def has_hope(self, sequence: Sequence, num_running: int) -> bool:
+        """Whether it may soon propose something, as far as the known tokens tell."""
 
     def observe(self, sequence: Sequence, num_draft_tokens: int, num_accepted_tokens: int) -> None:
         """How a proposal fared."""
@@ -113,6 +115,7 @@ class Scheduler:
         self._requests: dict[str, list[Sequence]] = {}  # those alive
         self._expiries: list[tuple[float, int, Sequence, FinishReason]] = []
         self._num_arrivals = 0
+        self._last_update_seconds = 0.0
         self._tokens_per_second = 0.0
         self._most_tokens_per_second = 0.0  # of the steps that were full
 
@@ -163,11 +166,24 @@ class Scheduler:
             if index is None or sequence.index == index:
                 self._leave(sequence)
 
+    def expire(self) -> list[TokenOutput]:
+        """End the requests whose time is over."""
+        now = self._clock()
+        ended: list[TokenOutput] = []
+        while self._expiries and self._expiries[0][0] <= now:
+            _, _, leader, reason = heapq.heappop(self._expiries)
+            samples = (leader, *leader.siblings)
+            if reason is FinishReason.QUEUE_TIMEOUT and any(s.was_admitted for s in samples):
+                continue
+            for sequence in _alive(leader):
+                self._leave(sequence)
+                ended.append(_ended(sequence, reason, self._why(leader, reason)))
+        return ended
+
     # The step
 
     def schedule(self) -> SchedulerOutput:
         now = self._clock()
-        ended = self._expire(now)
         scheduled: list[Sequence] = []
         num_preemptions = self._schedule_decodes(scheduled)
         num_decodes = len(scheduled)
@@ -194,7 +210,6 @@ class Scheduler:
             num_preemptions,
             blocks_to_clear=self.block_manager.take_clears(),
             block_copies=self.block_manager.take_copies(),
-            ended=ended,
             num_decodes=num_decodes,
             num_draft_tokens=num_draft_tokens,
             num_prefill_tokens=sum(each.num_scheduled_shares for each in prompts),
@@ -203,17 +218,56 @@ class Scheduler:
             start_seconds=now,
         )
 
+    def schedule_after(self, output: SchedulerOutput) -> SchedulerOutput | None:
+        """The step after one that is on its way, whose tokens are not known yet: they are decoded.
+
+        None where those tokens decide what comes next, or something else than decoding may. A
+        sequence that the tokens turn out to have ended, or that leaves meanwhile, is withdrawn from
+        the step: what it computes for that sequence is void.
+        """
+        if not self._only_decoding_follows(output):
+            return None
+        sequences = [each for each in output.sequences if _goes_on(each)]
+        if not sequences or any(map(self._depends_on_tokens, sequences)):
+            return None
+        try:
+            for sequence in sequences:
+                self.block_manager.grow(sequence, sequence.num_tokens + 1)
+        except NoFreeBlocks:
+            return None
+        for sequence in sequences:
+            sequence.num_cached_tokens += 1
+            sequence.num_pending_tokens = 1
+            sequence.writes_ahead = True
+        return SchedulerOutput(
+            sequences,
+            num_preemptions=0,
+            blocks_to_clear=self.block_manager.take_clears(),
+            block_copies=self.block_manager.take_copies(),
+            num_decodes=len(sequences),
+            start_seconds=self._clock(),
+        )
+
     def update(
         self, output: SchedulerOutput, results: SequenceOf[SequenceResult]
     ) -> list[TokenOutput]:
         """Record what the step computed. `results` has one entry per sequence that yields and has
         no `error`."""
-        self._observe(output, self._clock() - output.start_seconds)
+        now = self._clock()
+        self._observe(output, now - max(output.start_seconds, self._last_update_seconds))
+        self._last_update_seconds = now
         remaining = iter(results)
         news: list[TokenOutput] = []
         for sequence in output.sequences:
             if sequence.error:
-                self._fail(sequence, sequence.error, news)
+                if sequence.status is SequenceStatus.RUNNING:
+                    self._fail(sequence, sequence.error, news)
+                continue
+            if _was_withdrawn(sequence):
+                next(remaining)
+                continue
+            if sequence.num_pending_tokens:
+                self._take_pending(sequence, next(remaining), news)
                 continue
             if not sequence.completes_chunk:
                 sequence.num_scheduled_tokens = 0
@@ -230,11 +284,16 @@ class Scheduler:
                 self._take(sequence, next(remaining), news)
         return news
 
+    def is_void(self, output: SchedulerOutput) -> bool:
+        """Whether no sequence waits for what the step computes."""
+        return all(map(_was_withdrawn, output.sequences))
+
     def fail(self, output: SchedulerOutput, error: str) -> list[TokenOutput]:
         """The step raised: its sequences end, and their blocks hold nobody knows what."""
         news: list[TokenOutput] = []
         for sequence in output.sequences:
-            self._fail(sequence, error, news)
+            if not _was_withdrawn(sequence):
+                self._fail(sequence, error, news)
         self.block_manager.soil(output.blocks_to_clear)
         return news
 
@@ -285,6 +344,21 @@ class Scheduler:
             except NoFreeBlocks:
                 continue
 
+    def _only_decoding_follows(self, output: SchedulerOutput) -> bool:
+        """Whether neither prompts nor drafts come between it and its next step."""
+        if output.num_decodes < len(output.sequences) or output.num_draft_tokens > 0:
+            return False
+        if self._prefilling or self._held or len(self._decoding) > len(output.sequences):
+            return False
+        first = self.waiting.first()
+        return first is None or not (self._has_room(first) or self._victims(first))
+
+    def _depends_on_tokens(self, sequence: Sequence) -> bool:
+        """Whether its next step can only be told, or drawn from, once its last token is known."""
+        if sequence.constraint is not None or not sequence.draws_settle:
+            return True
+        return self.drafter is not None and self.drafter.has_hope(sequence, self.num_running)
+
     def _add_drafts(self, drafter: Drafter, scheduled: list[Sequence], budget: int) -> int:
         """Draft tokens for the sequences that decode, where budget and blocks are left over."""
         used = 0
@@ -300,6 +374,7 @@ class Scheduler:
             assert len(drafts) <= room
             if drafts:
                 sequence.draft_token_ids = drafts
+                sequence.writes_ahead = True
                 sequence.num_scheduled_tokens += len(drafts)
                 self.block_manager.grow(sequence, sequence.num_tokens + len(drafts))
                 used += len(drafts)
@@ -430,11 +505,31 @@ class Scheduler:
     # Ends and returns
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.block_manager.release(sequence, verified=sequence not in self._prefilling)
+        self.block_manager.release(
+            sequence, num_verified_tokens=self._num_verified_tokens(sequence)
+        )
         self._withdraw(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1
         self.waiting.push(sequence)
+
+    def _num_verified_tokens(self, sequence: Sequence) -> int:
+        """How much of what is in its blocks logits have vouched for."""
+        if sequence in self._prefilling:
+            return 0
+        if sequence.writes_ahead:
+            return sequence.num_cached_tokens
+        return len(sequence.block_table) * self.block_manager.block_size
+
+    def _take_pending(
+        self, sequence: Sequence, result: SequenceResult, news: list[TokenOutput]
+    ) -> None:
+        """The token with which the step after this one was launched."""
+        sequence.num_pending_tokens = 0
+        if result.is_revised:
+            sequence.draws_settle = False
+            sequence.num_scheduled_tokens = 0  # withdrawn from the step that has the wrong one
+        self._take(sequence, result, news)
 
     def _take(self, sequence: Sequence, result: SequenceResult, news: list[TokenOutput]) -> None:
         """Append the tokens until one ends the sequence; slots of rejected drafts are given up."""
@@ -529,19 +624,6 @@ class Scheduler:
             heapq.heapify(self._expiries)
         heapq.heappush(self._expiries, (seconds, leader.arrival, leader, reason))
 
-    def _expire(self, now: float) -> list[TokenOutput]:
-        """End the requests whose time is over."""
-        ended: list[TokenOutput] = []
-        while self._expiries and self._expiries[0][0] <= now:
-            _, _, leader, reason = heapq.heappop(self._expiries)
-            samples = (leader, *leader.siblings)
-            if reason is FinishReason.QUEUE_TIMEOUT and any(s.was_admitted for s in samples):
-                continue
-            for sequence in _alive(leader):
-                self._leave(sequence)
-                ended.append(_ended(sequence, reason, self._why(leader, reason)))
-        return ended
-
     def _why(self, leader: Sequence, reason: FinishReason) -> str:
         if reason is FinishReason.DEADLINE:
             return f"deadline_seconds is {leader.deadline_seconds:g}; that time is over"
@@ -552,7 +634,7 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence, *, verified: bool = True) -> None:
         """The one transition out of the engine: blocks are freed, the sequence is forgotten."""
-        verified = verified and sequence not in self._prefilling  # no logits have told yet
+        num_verified_tokens = self._num_verified_tokens(sequence) if verified else 0
         if sequence.status is SequenceStatus.RUNNING:
             self._withdraw(sequence)
         elif sequence in self._held:
@@ -560,7 +642,7 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
-        self.block_manager.release(sequence, verified=verified)
+        self.block_manager.release(sequence, num_verified_tokens=num_verified_tokens)
         self.waiting.close_account(sequence)
         samples = self._requests[sequence.request_id]
         samples.remove(sequence)
@@ -579,6 +661,7 @@ class Scheduler:
             del self._prefilling[sequence]
         sequence.account.num_running -= 1
         sequence.num_scheduled_tokens = 0
+        sequence.num_pending_tokens = 0
         sequence.draft_token_ids = []
         sequence.partial = None
 
@@ -645,6 +728,18 @@ class Scheduler:
             self._tokens_per_second += 0.1 * (speed - self._tokens_per_second)
             if output.num_tokens >= self.max_num_batched_tokens:
                 self._most_tokens_per_second = max(speed, self._most_tokens_per_second)
+
+
+def _goes_on(sequence: Sequence) -> bool:
+    """Whether it runs, and the token that its step draws does not reach its bound."""
+    if sequence.error or sequence.status is not SequenceStatus.RUNNING:
+        return False
+    return sequence.num_completion_tokens + 1 < sequence.max_tokens
+
+
+def _was_withdrawn(sequence: Sequence) -> bool:
+    """Whether a step that was launched with it is no concern of it any more."""
+    return sequence.num_scheduled_tokens == 0
 
 
 def _is_partial(sequence: Sequence) -> bool:

@@ -32,6 +32,7 @@ class SequenceResult:
 
     tokens: tuple[SampledToken, ...] = ()
     error: str = ""  # the sequence ends with ERROR, for example on logits that are not numbers
+    is_revised: bool = False  # not the token that a step launched meanwhile has gone on with
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +66,9 @@ class Sequence:
     A step computes `num_scheduled_tokens` tokens from `num_cached_tokens` on: known ones, then
     draft tokens; of a `partial` chunk only some layers. It yields new tokens only when it reaches
     the last layer of the last known one.
+
+    While a step is on its way to the device, the next one may be scheduled: it computes the
+    `num_pending_tokens` that the first one draws, and those count as known.
     """
 
     request_id: str
@@ -85,6 +89,9 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
     num_scheduled_tokens: int = 0  # draft tokens included
+    num_pending_tokens: int = 0  # 1 or 0: drawn after `token_ids`, but the host has not got them
+    draws_settle: bool = True  # False: a token was revised once, so its draws are waited for
+    writes_ahead: bool = False  # behind its cached tokens may be what no logits have vouched for
     draft_token_ids: list[int] = field(default_factory=list)  # guessed, verified by the step
     partial: PartialChunk | None = None  # None: a chunk goes through all layers in its step
     error: str = ""  # set by the runner: the step could not be computed for it, and it ends
@@ -142,7 +149,7 @@ class Sequence:
         if not self.completes_chunk:
             return False
         num_known = self.num_scheduled_tokens - len(self.draft_token_ids)
-        return self.num_cached_tokens + num_known == len(self.token_ids)
+        return self.num_cached_tokens + num_known == len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_logit_rows(self) -> int:

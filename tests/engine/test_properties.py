@@ -58,6 +58,8 @@ class EngineMachine(RuleBasedStateMachine):
         paced=st.booleans(),
         num_layers=st.sampled_from((1, 3, 30)),
         token_seconds=st.sampled_from((0.0, 0.001, 0.1)),
+        ahead=st.booleans(),
+        revised=st.sets(st.integers(0, VOCAB - 1), max_size=10),
     )
     def start(
         self,
@@ -69,11 +71,14 @@ class EngineMachine(RuleBasedStateMachine):
         paced: bool,
         num_layers: int,
         token_seconds: float,
+        ahead: bool,
+        revised: set[int],
     ) -> None:
         self.now = 0.0
         self.token_seconds = token_seconds  # that a prompt's token adds to a step
         self.num_layers = num_layers
         self.runner = CheckingRunner(BLOCK_SIZE, self.elapse)
+        self.runner.revised = revised
         config = EngineConfig(
             block_size=BLOCK_SIZE,
             max_num_seqs=max_num_seqs,
@@ -93,6 +98,7 @@ class EngineMachine(RuleBasedStateMachine):
             eos_token_ids=frozenset({EOS}),
             num_layers=num_layers,
             drafter=GuessingDrafter() if drafts else None,
+            launcher=self.runner if ahead else None,
             clock=lambda: self.now,
         )
         self.expected: dict[Sample, list[int]] = {}  # of the samples alive
@@ -173,11 +179,12 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.deliver()
 
-    @rule(happens=RARELY)
-    def fail(self, happens: bool) -> None:
-        self.runner.fail_next = happens and not self.runner.has_just_failed  # no two in a row
+    @rule(happens=RARELY, late=st.booleans())
+    def fail(self, happens: bool, late: bool) -> None:
+        if happens and not self.runner.has_just_failed:  # no two in a row
+            self.runner.fail_next, self.runner.fails_late = not late, late
         self.deliver()
-        self.runner.fail_next = False
+        self.runner.fail_next = self.runner.fails_late = False
 
     @rule(data=st.data(), happens=RARELY)
     def poison(self, data: st.DataObject, happens: bool) -> None:

@@ -12,6 +12,7 @@ from lowbit.server.engine import sampler
 from lowbit.server.engine.adjustments import Row, adjust
 from lowbit.server.engine.sampler import Sampler
 from lowbit.server.engine.sequence import Sequence
+from lowbit.server.engine.transfer import Download
 from lowbit.server.types import SamplingParams
 from plain_sampler import choose
 
@@ -105,44 +106,87 @@ def crowd(kinds: list[dict[str, Any]]) -> list[Sequence]:
     ]
 
 
-def columns(rows: torch.Tensor, *flags: torch.Tensor) -> list[list[float]]:
-    return [[1.0] * len(rows) for _ in range(rows.shape[1] + len(flags))]
-
-
 @pytest.mark.parametrize("kinds", [KINDS, *([kind] for kind in KINDS)], ids=str)
 def test_one_copy_to_the_host_per_step(
     kinds: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors that have a device and no numbers refuse every question for a number."""
-    downloads = []
+    copies = []
 
-    def download(*tensors: torch.Tensor) -> list[list[float]]:
-        downloads.append(tensors)
-        assert all(tensor.device.type == "meta" for tensor in tensors)
-        assert sum(tensor.numel() for tensor in tensors) <= 20 * len(kinds)
-        return columns(*tensors)
+    def columns(download: Download) -> list[list[float]]:
+        copy = download.wait()
+        assert copy.device.type == "meta" and copy.numel() <= 20 * len(kinds)
+        copies.append(copy)
+        return torch.ones(copy.shape).t().tolist()
 
-    monkeypatch.setattr(sampler, "_download", download)
+    monkeypatch.setattr(sampler, "_columns", columns)
     logits = torch.empty(len(kinds), VOCAB, device="meta")
     masks = [(b"\xff" * 40,)] + [()] * (len(kinds) - 1)
-    results = Sampler().sample(logits, crowd(kinds), masks)
-    assert [result.tokens[0].token_id for result in results] == [1] * len(kinds)
-    assert len(downloads) == 1
+    draws = Sampler(looks=False).draw(logits, crowd(kinds), masks)
+    assert draws.tokens.device.type == "meta" and not copies
+    assert [result.tokens[0].token_id for result in draws.wait()] == [1] * len(kinds)
+    assert len(copies) == 1
 
 
 def test_unsettled_rows_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU that a distribution reaches beyond the candidates is known only with the tokens."""
     answers = iter([0.0, 1.0])
 
-    def download(*tensors: torch.Tensor) -> list[list[float]]:
-        found = columns(*tensors)
+    def columns(download: Download) -> list[list[float]]:
+        found = torch.ones(download.wait().shape).t().tolist()
         found[-1] = [1.0, next(answers)]
         return found
 
-    monkeypatch.setattr(sampler, "_download", download)
+    monkeypatch.setattr(sampler, "_columns", columns)
     logits = torch.empty(2, 5000, device="meta")
-    Sampler().sample(logits, crowd([{}, {"top_p": 0.99}]))
+    Sampler(looks=False).sample(logits, crowd([{}, {"top_p": 0.99}]))
     assert next(answers, None) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.lists(st.tuples(sequences(), MASKS), min_size=1, max_size=9),
+    seed=st.integers(0, 2**32),
+    spread=st.sampled_from([0.1, 3.0, 20.0]),
+)
+def test_who_looks_later_sees_the_same(
+    batch: list[tuple[Sequence, bytes | None]], seed: int, spread: float
+) -> None:
+    """Also where the logits are gone by then; and `is_revised` tells which tokens have changed."""
+    logits = spread * torch.randn(len(batch), VOCAB, generator=torch.Generator().manual_seed(seed))
+    members = [sequence for sequence, _ in batch]
+    masks = [() if mask is None else (mask,) for _, mask in batch]
+    expected = Sampler().sample(logits, members, masks)
+    draws = Sampler(looks=False).draw(logits, members, masks)
+    first = draws.tokens.tolist()
+    logits.fill_(torch.nan)
+    results = draws.wait()
+    assert [(r.tokens, r.error) for r in results] == [(e.tokens, e.error) for e in expected]
+    assert not any(each.is_revised for each in expected)
+    for token, result in zip(first, results, strict=True):
+        if result.tokens:
+            assert result.is_revised == (result.tokens[0].token_id != token)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.lists(sequences(), min_size=1, max_size=9),
+    last=st.lists(TOKENS, min_size=9, max_size=9),
+    seed=st.integers(0, 2**32),
+)
+def test_a_pending_token_counts_like_a_known_one(
+    batch: list[Sequence], last: list[int], seed: int
+) -> None:
+    """The host need not have the last token to penalize it, or to count it."""
+    logits = torch.randn(len(batch), VOCAB, generator=torch.Generator().manual_seed(seed))
+    pending = torch.tensor(last[: len(batch)])
+    for sequence in batch:
+        sequence.num_pending_tokens = 1
+    ahead = Sampler().draw(logits, batch, pending=pending).wait()
+    for sequence, token in zip(batch, last, strict=False):
+        sequence.num_pending_tokens = 0
+        sequence.token_ids.append(token)
+    assert ahead == Sampler().sample(logits, batch)
 
 
 def test_what_asks_for_no_change_is_not_copied() -> None:

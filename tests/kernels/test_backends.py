@@ -464,9 +464,9 @@ def test_what_is_not_a_number_stays_so_in_an_int8_cache_and_can_be_cleared() -> 
     keys, _ = stored_numbers(cache)
     assert keys[BLOCK_SIZE, 1].isnan().all()
     assert keys[BLOCK_SIZE, 0].isfinite().all()
-    backend.copy_blocks([cache], [(1, 2)])
+    backend.copy_blocks([cache], torch.tensor([(1, 2)], device=backend.device))
     assert stored_numbers(cache)[0][2 * BLOCK_SIZE, 1].isnan().all()
-    backend.clear_blocks([cache], [1, 2])
+    backend.clear_blocks([cache], torch.tensor([1, 2], device=backend.device))
     assert all(not tensor.any() for tensor in cache.tensors)
 
 

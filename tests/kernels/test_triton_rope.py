@@ -116,9 +116,9 @@ def test_what_is_not_a_number_stays_so_and_can_be_cleared(kind: str) -> None:
     keys = stored(cache.keys, cache.key_scales, kind)
     assert keys[BLOCK_SIZE, 1].isnan().all()
     assert (as_held(keys[BLOCK_SIZE, 0], kind) - 1).abs().max() < 0.01
-    backend.copy_blocks([cache], [(1, 2)])
+    backend.copy_blocks([cache], torch.tensor([(1, 2)], device=backend.device))
     assert stored(cache.keys, cache.key_scales, kind)[2 * BLOCK_SIZE, 1].isnan().all()
-    backend.clear_blocks([cache], [1, 2])
+    backend.clear_blocks([cache], torch.tensor([1, 2], device=backend.device))
     assert all(not tensor.any() for tensor in cache.tensors)
 
 

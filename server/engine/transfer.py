@@ -1,4 +1,4 @@
-"""Numbers of the host to the device, in the order of its work but without waiting for it."""
+"""Numbers between the host and the device, in the order of its work but without waiting for it."""
 
 from __future__ import annotations
 
@@ -20,3 +20,21 @@ def stage(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """
     host = torch.as_tensor(values, dtype=dtype)
     return host.pin_memory() if device.type == "cuda" and torch.cuda.is_available() else host
+
+
+class Download:
+    """A tensor on its way to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event = None
+        self._host = tensor
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
