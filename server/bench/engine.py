@@ -23,7 +23,7 @@ from ...kernels.interface import AttentionSpec, ForwardBatch, KernelBackend, KVC
 from ...kernels.packing import SUPPORTED_BITS
 from ..config import EngineConfig
 from ..engine.build import build_engine
-from ..engine.engine import LLMEngine, Runner
+from ..engine.engine import Launched, LLMEngine, Runner
 from ..engine.memory import free_bytes
 from ..engine.scheduler import SchedulerOutput
 from ..engine.sequence import SampledToken, SequenceResult
@@ -347,11 +347,11 @@ class Bench:
         engine, runner = self._start(decoder, case, self._kv_bytes(subject, case), num_tokens)
         with Stopwatch() as watch:
             watch.follow(engine.scheduler, "schedule")
-            watch.follow(runner.inner, "execute")
+            watch.follow(runner.inner, "launch")
             watch.follow(decoder, "forward")
             if runner.inner.graphs is not None:
                 watch.follow(runner.inner.graphs, "run", "forward")
-            watch.follow(runner.inner.sampler, "sample")
+            watch.follow(runner.inner.sampler, "draw", "sample")
             watch.follow(engine.scheduler, "update")
             _step(engine, case.num_seqs)  # warms up
             first = self._timed_step(engine, case.num_seqs)
@@ -364,7 +364,7 @@ class Bench:
         device = parts["forward"]
         if self.backend.device.type == "cuda":
             device = _busy_seconds(lambda: _step(engine, case.num_seqs))
-        parts["tensors"] = parts.pop("execute") - parts["forward"] - parts["sample"]
+        parts["tensors"] = parts.pop("launch") - parts["forward"] - parts["sample"]
         read_bytes = subject.weight_bytes + case.num_tokens * self._kv_token_bytes(subject)
         return Measured(
             **_identity(subject, case),
@@ -516,12 +516,20 @@ class PromptSkipper:
         self.inner: Any = inner
         self.skips = True
 
-    def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
+    def launch(self, output: SchedulerOutput, previous: Any = None) -> Launched:
         if not self.skips:
-            results: list[SequenceResult] = self.inner.execute(output)
-            return results
+            launched: Launched = self.inner.launch(output, previous)
+            return launched
         token = SequenceResult((SampledToken(0, 0.0),))
-        return [token for sequence in output.sequences if sequence.yields_token]
+        return _Skipped([token for sequence in output.sequences if sequence.yields_token])
+
+
+@dataclass(frozen=True, slots=True)
+class _Skipped:
+    results: list[SequenceResult]
+
+    def wait(self) -> list[SequenceResult]:
+        return self.results
 
 
 class Stopwatch:

@@ -45,7 +45,7 @@ def build_engine(decoder: Decoder, config: EngineConfig) -> LLMEngine:
     return LLMEngine(
         runner,
         config,
-        launcher=runner if decoder.backend.device.type == "cuda" else None,
+        runs_ahead=decoder.backend.device.type == "cuda",
         num_blocks=num_blocks,
         max_model_len=max_model_len,
         vocab_size=decoder.config.vocab_size,

@@ -37,31 +37,19 @@ logger = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 2  # in a row; then it is not the requests' fault
 
 
+class Launched(Protocol):
+    """A step that the device is working on, or has done."""
+
+    def wait(self) -> list[SequenceResult]:
+        """One result per sequence that yields and has no `error`."""
+
+
 class Runner(Protocol):
     """What the engine needs of a ModelRunner."""
 
-    def execute(self, output: SchedulerOutput) -> list[SequenceResult]: ...
-
-
-class Launched(Protocol):
-    """A step that the device is working on."""
-
-    def wait(self) -> list[SequenceResult]: ...
-
-
-class Launcher(Protocol):
-    """A runner that need not wait for a step to launch the next."""
-
     def launch(self, output: SchedulerOutput, previous: Any = None) -> Launched:
-        """`output` follows a step that this has returned before, whose tokens are pending."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    results: list[SequenceResult]
-
-    def wait(self) -> list[SequenceResult]:
-        return self.results
+        """Have the scheduled tokens computed. Where some are pending, `previous` draws them: what
+        the launch of the step before has returned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +73,12 @@ class LLMEngine:
         eos_token_ids: frozenset[int],
         num_layers: int = 1,
         drafter: Drafter | None = None,
-        launcher: Launcher | None = None,
+        runs_ahead: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`launcher` is the runner, if it can launch a step before the last one's end."""
+        """`runs_ahead`: steps are launched before the last one's end, where that can be."""
         self.runner = runner
-        self._launcher = launcher
+        self.runs_ahead = runs_ahead
         self._flight: _Flight | None = None  # launched in the step before
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
@@ -197,7 +185,7 @@ class LLMEngine:
         return self._launch(output, None, news)
 
     def _launch_following(self, flight: _Flight, news: list[TokenOutput]) -> _Flight | None:
-        if self._launcher is None:
+        if not self.runs_ahead:
             return None
         output = self.scheduler.schedule_after(flight.output)
         return None if output is None else self._launch(output, flight, news)
@@ -212,11 +200,7 @@ class LLMEngine:
         ]
         self.current_step = output
         try:
-            launched: Launched
-            if self._launcher is None:
-                launched = _Done(self.runner.execute(output))
-            else:
-                launched = self._launcher.launch(output, previous.launched if previous else None)
+            launched = self.runner.launch(output, previous.launched if previous else None)
         except Exception as error:
             news += self._fail(output, error)
             return None

@@ -110,10 +110,6 @@ class ModelRunner:
         )
         self.graphs.record(batch_buckets(max_num_seqs), max_bytes)
 
-    def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
-        """Compute the scheduled tokens; one result per sequence that yields and has no `error`."""
-        return self.launch(output).wait()
-
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput, previous: LaunchedStep | None = None) -> LaunchedStep:
         """Have the scheduled tokens computed; those that are pending are what `previous` draws.

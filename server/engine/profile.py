@@ -54,9 +54,9 @@ def largest_step_bytes(
     end in it, over a cache of one block; the memory that it takes for a moment."""
     runner = ModelRunner(decoder, 1, config.block_size)
     output = SchedulerOutput(_largest_step(config, max_model_len), 0)
-    runner.execute(output)  # compiles; what libraries keep from now on is no longer free
+    runner.launch(output).wait()  # compiles; what libraries keep from now on is no longer free
     meter.start()
-    runner.execute(output)
+    runner.launch(output).wait()
     peak = meter.peak_bytes()
     del runner
     gc.collect()
@@ -74,7 +74,8 @@ def warm_up(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> No
     steps = list(_kinds_of_steps(config, max_model_len))
     for lengths, num_blocks in tqdm(steps, desc="warming up", unit="step", disable=None):
         table = [runner.spare_block] * num_blocks
-        runner.execute(SchedulerOutput([_sequence(i, n, table) for i, n in enumerate(lengths)], 0))
+        sequences = [_sequence(i, n, table) for i, n in enumerate(lengths)]
+        runner.launch(SchedulerOutput(sequences, 0)).wait()
 
 
 def _kinds_of_steps(config: EngineConfig, max_model_len: int) -> Iterator[tuple[list[int], int]]:

@@ -16,6 +16,7 @@ import platform
 import random
 import sys
 import time
+from dataclasses import dataclass
 from statistics import median
 
 from lowbit.server.config import EngineConfig
@@ -32,9 +33,17 @@ PROMPT_TOKENS = 256
 class InstantRunner:
     """Answers every sequence with the same token. The time it takes itself is not counted."""
 
-    def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
+    def launch(self, output: SchedulerOutput, previous: object = None) -> Answers:
         result = SequenceResult((SampledToken(1, -1.0),))
-        return [result for each in output.sequences if each.yields_token]
+        return Answers([result for each in output.sequences if each.yields_token])
+
+
+@dataclass(frozen=True)
+class Answers:
+    results: list[SequenceResult]
+
+    def wait(self) -> list[SequenceResult]:
+        return self.results
 
 
 def make_engine(num_running: int, *, prefix_cache: bool = True) -> LLMEngine:
@@ -68,7 +77,7 @@ def scheduler_seconds(engine: LLMEngine) -> float:
     began = time.process_time()
     output = scheduler.schedule()
     scheduled = time.process_time()
-    results = engine.runner.execute(output)
+    results = engine.runner.launch(output).wait()
     executed = time.process_time()
     scheduler.update(output, results)
     return scheduled - began + time.process_time() - executed

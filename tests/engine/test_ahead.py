@@ -68,7 +68,7 @@ def engine_of(
         vocab_size=VOCAB,
         eos_token_ids=frozenset({EOS}),
         drafter=drafter,
-        launcher=runner,
+        runs_ahead=True,
     )
 
 
@@ -291,7 +291,7 @@ def going_ahead(engine: LLMEngine) -> ModelRunner:
     runner = engine.runner
     assert isinstance(runner, ModelRunner)
     runner.sampler = Sampler(looks=False)
-    engine._launcher = runner
+    engine.runs_ahead = True
     return runner
 
 

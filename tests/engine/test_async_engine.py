@@ -27,11 +27,12 @@ from lowbit.server.types import (
     StepStats,
     TokenOutput,
 )
+from runners import BlockingRunner
 
 NUM_BLOCKS = 40
 
 
-class CountingRunner:
+class CountingRunner(BlockingRunner):
     """Yields 1, 2, 3, …; can be held at a gate, and told to fail."""
 
     def __init__(self) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from engines import make_engine, prompt
 from lowbit.server.engine.engine import LLMEngine
+from lowbit.server.engine.model_runner import LaunchedStep
 from lowbit.server.engine.scheduler import SchedulerOutput
-from lowbit.server.engine.sequence import SequenceResult
 from lowbit.server.types import FinishReason, SamplingParams, SchedulingParams
 from tiny import TinyModel
 
@@ -95,14 +95,14 @@ def test_chunks_of_layers_change_no_token(
     engine.add(engine.new_sequence("stream", prompt(4, seed=50), stream))
     engine.step()
     num_partial = 0
-    execute = engine.runner.execute
+    launch = engine.runner.launch
 
-    def counting(output: SchedulerOutput) -> list[SequenceResult]:
+    def counting(output: SchedulerOutput, previous: object) -> LaunchedStep:
         nonlocal num_partial
         num_partial += sum(not each.completes_chunk for each in output.sequences)
-        return execute(output)
+        return launch(output)
 
-    engine.runner.execute = counting
+    engine.runner.launch = counting
     received = run(engine, PROMPTS, PARAMS[name])
     del received["stream", 0]
     assert received == expected[name]

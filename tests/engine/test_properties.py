@@ -98,7 +98,7 @@ class EngineMachine(RuleBasedStateMachine):
             eos_token_ids=frozenset({EOS}),
             num_layers=num_layers,
             drafter=GuessingDrafter() if drafts else None,
-            launcher=self.runner if ahead else None,
+            runs_ahead=ahead,
             clock=lambda: self.now,
         )
         self.expected: dict[Sample, list[int]] = {}  # of the samples alive

@@ -69,10 +69,6 @@ class CheckingRunner:
         self.num_computed_tokens = 0
         self.num_partial_steps = 0
 
-    def execute(self, output: SchedulerOutput) -> list[SequenceResult]:
-        """What an engine without a launcher calls."""
-        return self.launch(output).wait()
-
     def launch(self, output: SchedulerOutput, previous: CheckedStep | None = None) -> CheckedStep:
         """`previous` has drawn the tokens that are pending."""
         if self.fails_late or (previous is not None and previous.has_failed):

@@ -9,24 +9,23 @@ import sys
 import time
 
 from lowbit.server import cli
-from lowbit.server.engine.model_runner import ModelRunner
+from lowbit.server.engine.model_runner import LaunchedStep, ModelRunner
 from lowbit.server.engine.scheduler import SchedulerOutput
-from lowbit.server.engine.sequence import SequenceResult
 
 STEP_TIMEOUT_SECONDS = 3
 
 
 def main(checkpoint: str, how: str) -> int:
-    execute = ModelRunner.execute
+    launch = ModelRunner.launch
 
-    def broken(self: ModelRunner, output: SchedulerOutput) -> list[SequenceResult]:
+    def broken(self: ModelRunner, output: SchedulerOutput, previous: object) -> LaunchedStep:
         if any(sequence.token_ids[0] == 7 for sequence in output.sequences):
             if how == "hang":
                 time.sleep(20 * STEP_TIMEOUT_SECONDS)
             raise RuntimeError("no such luck")
-        return execute(self, output)
+        return launch(self, output)
 
-    ModelRunner.execute = broken
+    ModelRunner.launch = broken
     ports = ["--port", "0", "--metrics-port", "0"]
     timeout = ["--step-timeout-seconds", str(STEP_TIMEOUT_SECONDS)]
     return cli.main(["serve", checkpoint, *ports, *timeout])

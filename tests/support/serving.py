@@ -30,6 +30,7 @@ from lowbit.server.types import (
     TokenLogprob,
 )
 from prometheus_client import CollectorRegistry
+from runners import BlockingRunner
 
 EOS, VOCAB_SIZE = 257, 320
 
@@ -75,7 +76,7 @@ class ByteCodec:
         raise InvalidRequest("this codec prescribes no form")
 
 
-class RecitingRunner:
+class RecitingRunner(BlockingRunner):
     """Answers every prompt with the same bytes, then the end of the sequence.
 
     A gated one takes the steps that it is allowed, and waits inside the next.

@@ -17,6 +17,7 @@ from lowbit.server.types import (
     SamplingParams,
     SchedulingParams,
 )
+from runners import BlockingRunner
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -33,7 +34,7 @@ class Arrival:
 
 
 @dataclass(slots=True)
-class Simulation:
+class Simulation(BlockingRunner):
     """Step time is a constant plus so much per token, about that of a 7B model on one GPU."""
 
     config: EngineConfig
