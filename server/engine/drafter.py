@@ -29,7 +29,7 @@ class _Record:
 
     successes: float
     trials: float = _PRIOR_TRIALS
-    pause: int = 0  # matches to pass over before the next attempt
+    pause: int = _MIN_PAUSE  # matches to pass over before the next attempt
     next_pause: int = _MIN_PAUSE
 
     def draft_length(self, cost: float) -> int:

@@ -263,7 +263,7 @@ class Scheduler:
                 if sequence.status is SequenceStatus.RUNNING:
                     self._fail(sequence, sequence.error, news)
                 continue
-            if _was_withdrawn(sequence):
+            if sequence.num_scheduled_tokens == 0:  # withdrawn
                 next(remaining)
                 continue
             if sequence.num_pending_tokens:

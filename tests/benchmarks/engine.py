@@ -34,6 +34,7 @@ MAX_STREAM_TOKENS = 4000
 NUM_TURNS = 5
 TURN_TOKENS = 300  # of a question
 ANSWER_TOKENS = 40
+COLD_ROUNDS = 25
 Figures = dict[str, float]
 
 
@@ -166,13 +167,13 @@ def run_rest(engine: LLMEngine) -> list[int]:
 
 
 def cold(decoder: Decoder) -> Figures:
-    """Rounds of both, one after the other, so that a slow spell of the machine meets both."""
+    """Rounds of both in turns, each first as often, so that a slow spell meets both."""
     speeds: dict[bool, list[float]] = {False: [], True: []}
-    for round_number in range(5):
-        for prefix_cache in (False, True):
+    for round_number in range(COLD_ROUNDS):
+        for prefix_cache in (round_number % 2 == 0, round_number % 2 == 1):
             speeds[prefix_cache].append(tokens_per_second(decoder, prefix_cache, round_number))
     ratio = median(on / off for off, on in zip(speeds[False], speeds[True], strict=True))
-    print("\n16 prompts of 128 tokens with nothing in common, 16 tokens each; tokens/s, 5 rounds")
+    print("\n16 prompts of 128 tokens with nothing in common, 16 tokens each; tokens/s")
     for prefix_cache, values in speeds.items():
         name = "with   " if prefix_cache else "without"
         print(f"{name} | {', '.join(f'{value:.0f}' for value in values)}")

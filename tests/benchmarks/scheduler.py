@@ -3,8 +3,8 @@
     python tests/benchmarks/scheduler.py
 
 No model, no torch: a runner that answers at once stands in for them. Three parts: decoding with
-256 and 1,024 running sequences, the prefix cache where nothing is ever found in it, and sequences
-coming and going at the same time.
+256 and 1,024 running sequences, each step scheduled after the last one's update, or ahead of it, as
+on a GPU; the prefix cache where nothing is ever found in it; and sequences coming and going.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 
 from lowbit.server.config import EngineConfig
@@ -58,7 +59,7 @@ def make_engine(num_running: int, *, prefix_cache: bool = True) -> LLMEngine:
     return LLMEngine(
         InstantRunner(),
         config,
-        num_blocks=num_running * 64,
+        num_blocks=num_running * 128,  # for all steps: nobody is preempted
         max_model_len=1 << 20,
         vocab_size=VOCAB_SIZE,
         eos_token_ids=frozenset({0}),
@@ -83,7 +84,23 @@ def scheduler_seconds(engine: LLMEngine) -> float:
     return scheduled - began + time.process_time() - executed
 
 
-def decode_ms(num_running: int, num_steps: int) -> tuple[float, float]:
+def seconds_ahead(engine: LLMEngine, num_steps: int) -> list[float]:
+    """CPU time of each step's update and of scheduling the one after the next before it."""
+    scheduler = engine.scheduler
+    output = scheduler.schedule()
+    seconds = []
+    for _ in range(num_steps):
+        results = engine.runner.launch(output).wait()
+        began = time.process_time()
+        following = scheduler.schedule_after(output)
+        scheduler.update(output, results)
+        seconds.append(time.process_time() - began)
+        assert following is not None
+        output = following
+    return seconds
+
+
+def decode_ms(num_running: int, num_steps: int, *, ahead: bool) -> tuple[float, float]:
     """(mean, 99th percentile) of a step with so many sequences that all decode."""
     engine = make_engine(num_running)
     rng = random.Random(0)
@@ -94,7 +111,10 @@ def decode_ms(num_running: int, num_steps: int) -> tuple[float, float]:
     for _ in range(2):  # the last prompts' last chunks
         engine.step()
     assert engine.last_step.num_generation_tokens == num_running
-    seconds = sorted(scheduler_seconds(engine) for _ in range(num_steps))
+    if ahead:
+        seconds = sorted(seconds_ahead(engine, num_steps))
+    else:
+        seconds = sorted(scheduler_seconds(engine) for _ in range(num_steps))
     return 1e3 * sum(seconds) / num_steps, 1e3 * seconds[int(0.99 * num_steps)]
 
 
@@ -116,12 +136,13 @@ def main() -> None:
     arguments = parser.parse_args()
     gc.disable()  # a collection in the middle of a step would be charged to it
     print(f"Python {sys.version.split()[0]}, {platform.machine()}, {arguments.steps} steps each\n")
-    print("running | mean ms | p99 ms | bar ms")
+    print("running | ahead | mean ms | p99 ms | bar ms")
     figures: dict[str, float] = {}
-    for num_running, bar in BARS_MS.items():
-        mean, p99 = decode_ms(num_running, arguments.steps)
-        print(f"{num_running:7} | {mean:7.3f} | {p99:6.3f} | {bar:6.1f}")
-        figures |= {f"decode_{num_running}_mean_ms": mean, f"decode_{num_running}_p99_ms": p99}
+    for (num_running, bar), ahead in product(BARS_MS.items(), (False, True)):
+        mean, p99 = decode_ms(num_running, arguments.steps, ahead=ahead)
+        print(f"{num_running:7} | {ahead!s:5} | {mean:7.3f} | {p99:6.3f} | {bar:6.1f}")
+        name = f"decode_{num_running}" + ahead * "_ahead"
+        figures |= {f"{name}_mean_ms": mean, f"{name}_p99_ms": p99}
     print("\nprefix cache, nothing found | CPU us per token, median of 5")
     for prefix_cache in (False, True):
         cost = median(churn_us(prefix_cache=prefix_cache) for _ in range(5))

@@ -1,6 +1,7 @@
 """Decoding with and without prompt-lookup drafts, one stream and eight, on a real checkpoint.
 
-    python tests/benchmarks/speculation.py CHECKPOINT [--rounds 3] [--max-draft-tokens 8]
+    python tests/benchmarks/speculation.py CHECKPOINT [--rounds 3] [--only NAME]
+        [--max-draft-tokens 8]
 
 Copying: the model is asked to repeat texts, and repeats most of each. Unfriendly: stories, sampled
 at temperature 1, in which little comes back. Prompts run in turns with and without drafts; the time
@@ -136,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="workloads whose name has this in it")
     parser.add_argument("--max-tokens", type=int, default=100)
     parser.add_argument("--max-draft-tokens", type=int, default=8)
     arguments = parser.parse_args()
@@ -157,6 +159,8 @@ def main() -> None:
     print("without   with   ratio   tokens a step   tokens   workload (tokens/s)")
     rows = {}
     for name, workload in workloads(Tokenizer.from_folder(arguments.checkpoint)).items():
+        if arguments.only not in name:
+            continue
         row = rows[name] = measure(engines, workload, arguments.max_tokens, arguments.rounds)
         print(
             f"{row['without']:7.1f}  {row['with']:5.1f}   {row['ratio']:5.2f}   "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence as SequenceOf
 from typing import Any
@@ -21,6 +22,7 @@ from engines import make_engine, prompt
 from lowbit.kernels.cpu import CpuBackend, CpuPlan
 from lowbit.kernels.interface import ForwardBatch
 from lowbit.server.config import EngineConfig
+from lowbit.server.engine.async_engine import AsyncEngine
 from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.engine.model_runner import ModelRunner
 from lowbit.server.engine.sampler import Sampler
@@ -254,6 +256,35 @@ def test_a_step_that_fails_on_its_way_fails_its_sequences_once(late: bool) -> No
     ]
     add(engine, "b", [1, 2, 3], dataclasses.replace(GREEDY, seed=seed))
     assert finish(engine) == {"b": expected_completion([1, 2, 3], seed, 12)}
+
+
+async def test_a_client_that_has_enough_gets_no_token_more() -> None:
+    """A stop string ends a sample from outside, a closed stream its request, with steps on the
+    way."""
+    engine = engine_of(LoggingRunner())
+    seeds = [seed_whose_completion([i, 2, 3], ends=False, length=12) for i in range(2)]
+    params = [dataclasses.replace(GREEDY, seed=seed) for seed in seeds]
+    async_engine = AsyncEngine(engine)
+    await async_engine.start()
+
+    async def first_tokens(name: str, i: int, number: int) -> list[int | None]:
+        tokens: list[int | None] = []
+        async for output in async_engine.generate(name, [i, 2, 3], params[i]):
+            tokens.append(output.token_id)
+            if len(tokens) == number:
+                async_engine.end_sample(name, 0)
+        return tokens
+
+    for round_ in range(10):
+        few, all_ = await asyncio.gather(
+            first_tokens(f"few {round_}", 0, 1 + round_), first_tokens(f"all {round_}", 1, 99)
+        )
+        assert few == expected_completion([0, 2, 3], seeds[0], 12)[: 1 + round_]
+        assert all_ == expected_completion([1, 2, 3], seeds[1], 12)
+    await async_engine.wait_idle()
+    await async_engine.stop()
+    engine.scheduler.check_integrity()
+    assert not engine.scheduler.has_work
 
 
 # The real runner, on a device that has done its work when it is launched.
