@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import trange
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from .devices import CPU
 from .errors import CalibrationError
 from .skeleton import is_causal
 from .source import Source, build_model
@@ -77,6 +78,7 @@ def calibration_batches(
     seed: int,
     max_model_bytes: int,
     progress: bool = False,
+    device: torch.device = CPU,
 ) -> Tensor:
     """[S, L] int64: windows of the user's text, or, without one, of the built-in mixture.
 
@@ -86,7 +88,7 @@ def calibration_batches(
     0.122 and 0.159; with the reference alone 0.152, 0.537, 0.111 and 0.238, with conversations
     alone 0.191, 0.518, 0.196 and 0.158 (tests/benchmarks/calibration.py). Drawing needs the whole
     model in memory: one that takes more than `max_model_bytes` in fp32, and an encoder, which
-    draws nothing, get the reference alone.
+    draws nothing, get the reference alone. It is drawn on `device`.
     """
     opening = conversation_opening(source.tokenizer) if text is None else []
     draws = bool(opening) and _can_draw(source, max_model_bytes)
@@ -102,8 +104,9 @@ def calibration_batches(
     if not num_drawn:
         return windows
     check_vocabulary(source, torch.tensor(opening))
+    model: Any = build_model(source, torch.float32)
     drawn = sample_batches(
-        build_model(source, torch.float32),
+        model.to(device),
         opening,
         num_sequences=num_drawn,
         sequence_length=windows.shape[1],
@@ -179,14 +182,14 @@ def sample_batches(
     num_tokens = num_sequences * sequence_length
     num_texts = max(num_sequences, SAMPLED_AT_ONCE)  # none longer than a window
     length = -(-num_tokens // num_texts)
-    texts = torch.tensor(opening).expand(num_texts, -1)
+    texts = torch.tensor(opening).to(model.device).expand(num_texts, -1)
     step, cache = texts, DynamicCache(config=model.config)
     for _ in trange(len(opening), length, desc="sampling", unit="token", disable=not progress):
         output = model(step, cache=cache, use_cache=True, logits_to_keep=1)
         probabilities = torch.softmax(output.logits[:, -1].float(), dim=-1)
-        step = torch.multinomial(probabilities, 1, generator=generator)
+        step = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(texts.device)
         texts = torch.cat([texts, step], dim=1)
-    return texts[:, :length].flatten()[:num_tokens].view(num_sequences, sequence_length)
+    return texts[:, :length].flatten()[:num_tokens].view(num_sequences, sequence_length).cpu()
 
 
 def _read_text(path: Path) -> str:

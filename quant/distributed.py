@@ -94,7 +94,10 @@ class Ranks:
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """The processes that torchrun started, or this one alone."""
+    """The processes that torchrun started, or this one alone.
+
+    What is on the processor is added up by gloo, what is on GPUs by NCCL.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield Ranks()
         return

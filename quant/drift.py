@@ -9,6 +9,7 @@ features, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from threading import Lock
 
 import torch
@@ -32,7 +33,9 @@ class DriftSum:
         has_residual: bool,
         products: torch.dtype = torch.float32,
     ) -> None:
-        """weights [N_i, K]; a single one that is of the dtype `products` is not copied."""
+        """weights [N_i, K], on the device that the inputs will be on; a single one that is of the
+        dtype `products` is not copied.
+        """
         self._weights = weights
         self._products = products
         self._sizes = [len(weight) for weight in weights]
@@ -41,9 +44,10 @@ class DriftSum:
         self._by_input = num_outputs > num_features
         # What the inputs' drift is multiplied with, where that is done batch by batch.
         self._matrix = torch.empty(0) if self._by_input else _stacked(weights).to(products)
-        self._moved = _zeros(num_features if self._by_input else num_outputs, num_features)
+        zeros = partial(_zeros, num_columns=num_features, device=weights[0].device)
+        self._moved = zeros(num_features if self._by_input else num_outputs)
         keeps_residual = has_residual and self._by_input
-        self._residual = _zeros(num_outputs, num_features) if keeps_residual else []
+        self._residual = zeros(num_outputs) if keeps_residual else []
 
     @property
     def sums(self) -> list[Tensor]:
@@ -94,17 +98,19 @@ def _stacked(weights: Sequence[Tensor]) -> Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
 
-def _zeros(num_rows: int, num_columns: int) -> list[Tensor]:
+def _zeros(num_rows: int, *, num_columns: int, device: torch.device) -> list[Tensor]:
     """Panels of PANEL_ROWS rows, fp64."""
     return [
-        torch.zeros(min(PANEL_ROWS, num_rows - start), num_columns, dtype=torch.float64)
+        torch.zeros(
+            min(PANEL_ROWS, num_rows - start), num_columns, dtype=torch.float64, device=device
+        )
         for start in range(0, num_rows, PANEL_ROWS)
     ]
 
 
 def _take_whole(panels: list[Tensor]) -> Tensor:
     """All panels in fp32, put together; the list is empty then."""
-    whole = torch.empty(sum(map(len, panels)), panels[0].shape[1])
+    whole = torch.empty(sum(map(len, panels)), panels[0].shape[1], device=panels[0].device)
     for rows in whole.split(PANEL_ROWS):
         rows.copy_(panels.pop(0))
     return whole

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..kernels.packing import PackedWeight, num_groups, pack_codes
 from .config import ModuleConfig
+from .devices import CPU
 from .errors import SolverError
 from .grid import Grid, GridSearch, round_scale
 from .products import PRECISIONS
@@ -37,6 +38,7 @@ BLOCK_SIZE = 128  # columns whose updates of the rest are applied together (pape
 FACTOR_ROWS = 512  # of a Hessian's factor that are found together
 ROWS_AT_ONCE = 4096  # output features solved together
 SOLVED_AT_ONCE = 1 << 21  # their weights, at most
+SOLVED_AT_ONCE_ON_GPU = 1 << 26  # 2.4 GB of working memory
 ROUNDED_AT_ONCE = 1 << 22  # weights of a matrix that are rounded to nearest together
 MAX_DAMP_PERCENT = 1.0
 DAMP_STEP = 10.0
@@ -108,7 +110,7 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """[N, K] fp32"""
-        groups = torch.arange(self.codes.shape[0]) // self.group_size
+        groups = torch.arange(self.codes.shape[0], device=self.codes.device) // self.group_size
         centered = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[groups]
         return (centered * self.scales.to(torch.float32)[groups]).t().contiguous()
 
@@ -163,7 +165,7 @@ class Factor:
         """Rows of U, [end - start, K] fp32, with inverse(H + damping) = U^T U in visiting order."""
         size = len(self.order)
         end = min(end, size)
-        found = torch.zeros(end - start, size)
+        found = torch.zeros(end - start, size, device=self.order.device)
         first, last = size - end, size - start  # of the root's rows, which are U's backwards
         for i, panel in enumerate(self.root):
             above = i * FACTOR_ROWS
@@ -174,7 +176,7 @@ class Factor:
 
     def conditional_curvature(self) -> Tensor:
         """1 / inverse(H + damping)_kk, [K] fp32, in the features' own order."""
-        visited = torch.zeros(len(self.order), dtype=torch.float64)
+        visited = torch.zeros(len(self.order), dtype=torch.float64, device=self.order.device)
         for panel in self.root:
             for rows in panel.split(BLOCK_SIZE):
                 visited[: panel.shape[1]] += rows.square().sum(dim=0)
@@ -203,7 +205,8 @@ def solve(
     `fallback` gives the reason why the Hessian must not be trusted: the weights are then rounded
     to nearest, on grids weighted by its diagonal. The same happens, and is said in the solutions,
     when no damping makes the Hessian positive definite. Raises SolverError when a weight or the
-    Hessian is not finite. The Hessians and `drifts` may be overwritten.
+    Hessian is not finite. The Hessians and `drifts` may be overwritten. All tensors, and those of
+    the solutions, are on one device.
     """
     config = config or SolverConfig()
     if not bool(torch.isfinite(hessian).all()):
@@ -263,11 +266,10 @@ def round_to_nearest(
     num_rows, num_features = weight.shape
     size = num_features if module.group_size == -1 else module.group_size
     if importance is None or not bool((importance > 0).any()):
-        importance = torch.ones(num_features)
+        importance = torch.ones(num_features, device=weight.device)
     search = _grid_search(module, config or SolverConfig())
     shape = (num_groups(num_features, size), num_rows)
-    codes = torch.empty(num_features, num_rows, dtype=torch.uint8)
-    scales, zeros = torch.empty(shape, dtype=torch.float16), torch.empty(shape, dtype=torch.uint8)
+    codes, scales, zeros = _empty_codes(num_features, shape, weight.device)
     height = max(1, min(ROWS_AT_ONCE, ROUNDED_AT_ONCE // size))
     for row in range(0, num_rows, height):
         part = slice(row, row + height)
@@ -284,9 +286,25 @@ def round_to_nearest(
     )
 
 
-def rows_at_once(num_features: int) -> int:
-    """Output features of a layer that are solved together: many, but not much memory."""
+def rows_at_once(num_features: int, device: torch.device = CPU) -> int:
+    """Output features of a layer that are solved together: many, but not much memory.
+
+    On a GPU each step of the solver takes as long for few rows as for many.
+    """
+    if device.type != "cpu":
+        return max(1, SOLVED_AT_ONCE_ON_GPU // num_features)
     return max(1, min(ROWS_AT_ONCE, SOLVED_AT_ONCE // num_features))
+
+
+def _empty_codes(
+    num_features: int, shape: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [K, N], scales and zeros [G, N] = `shape` to fill, as a `QuantizedWeight` has them."""
+    return (
+        torch.empty(num_features, shape[1], dtype=torch.uint8, device=device),
+        torch.empty(shape, dtype=torch.float16, device=device),
+        torch.empty(shape, dtype=torch.uint8, device=device),
+    )
 
 
 def factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
@@ -338,7 +356,7 @@ def _inverse_factor(hessian: Tensor, order: Tensor, added: Tensor) -> list[Tenso
             return None
         for above, part in zip(root, parts, strict=True):
             inverse[:, : above.shape[1]].addmm_(part, above)
-        unit = torch.eye(len(rows), dtype=torch.float64)
+        unit = torch.eye(len(rows), dtype=torch.float64, device=hessian.device)
         own.copy_(torch.linalg.solve_triangular(factor, unit, upper=False))
         before.copy_(own @ inverse).neg_()
         root.append(panel)
@@ -364,7 +382,7 @@ class _Problem:
     @property
     def group_of(self) -> Tensor:
         """[K] int64"""
-        return torch.arange(len(self.dead)) // self.group_size
+        return torch.arange(len(self.dead), device=self.dead.device) // self.group_size
 
 
 def _solve_in_slices(
@@ -378,12 +396,10 @@ def _solve_in_slices(
     The rows of all layers are solved as if they were one layer's.
     """
     sizes, num_features = [len(weight) for weight in weights], len(problem.dead)
-    num_rows = sum(sizes)
-    codes = torch.empty(num_features, num_rows, dtype=torch.uint8)
-    scales = torch.empty(problem.num_groups, num_rows, dtype=torch.float16)
-    zeros = torch.empty(problem.num_groups, num_rows, dtype=torch.uint8)
-    row_lost, row_energy = (torch.zeros(num_rows, dtype=torch.float64) for _ in range(2))
-    height = rows_at_once(num_features)
+    num_rows, device = sum(sizes), problem.hessian.device
+    codes, scales, zeros = _empty_codes(num_features, (problem.num_groups, num_rows), device)
+    row_lost, row_energy = torch.zeros(2, num_rows, dtype=torch.float64, device=device)
+    height = rows_at_once(num_features, device)
     for start in range(0, num_rows, height):
         part = slice(start, min(start + height, num_rows))
         original = _rows_of(weights, part).to(torch.float32)
@@ -534,7 +550,8 @@ def _scale_step(centered: Tensor, scale: Tensor, hessian: Tensor, slope: Tensor)
 def _retarget_all(drifts: Sequence[Tensor], hessian: Tensor, damp_percent: float) -> str | None:
     """`_retarget` with a Hessian of the drifts' own; returns why that is not possible, if so."""
     try:
-        factor = factorize(hessian, torch.arange(len(hessian)), damp_percent)
+        order = torch.arange(len(hessian), device=hessian.device)
+        factor = factorize(hessian, order, damp_percent)
     except SolverError as error:
         return str(error)
     for drift in drifts:
@@ -544,7 +561,7 @@ def _retarget_all(drifts: Sequence[Tensor], hessian: Tensor, damp_percent: float
 
 def _retarget(drift: Tensor, factor: Factor) -> None:
     """E := E (H + damping)^-1 with inverse = U^T U, panel by panel. [N, K]"""
-    for part in drift.split(rows_at_once(drift.shape[1])):
+    for part in drift.split(rows_at_once(drift.shape[1], drift.device)):
         visited = part[:, factor.order]
         moved = torch.zeros_like(visited)
         for start in range(0, len(factor.order), BLOCK_SIZE):
@@ -588,7 +605,8 @@ def _static_grids(target: Tensor, problem: _Problem) -> Grid:
 
 def _empty_grid(target: Tensor, problem: _Problem) -> Grid:
     shape = (problem.num_groups, target.shape[1])
-    return Grid(scale=torch.empty(shape), zero=torch.empty(shape), bits=problem.grids.bits)
+    scale, zero = (torch.empty(shape, device=target.device) for _ in range(2))
+    return Grid(scale=scale, zero=zero, bits=problem.grids.bits)
 
 
 def _nearest(target: Tensor, grid: Grid, group_of: Tensor) -> Tensor:
@@ -603,11 +621,12 @@ def _dequantize(codes: Tensor, grid: Grid, group_of: Tensor) -> Tensor:
 
 def _visiting_order(importance: Tensor, act_order: str, group_size: int) -> Tensor:
     """[K] int64. "group" keeps the groups together, a short last one at its own rank too."""
+    columns = torch.arange(len(importance), device=importance.device)
     if act_order == "none":
-        return torch.arange(len(importance))
+        return columns
     if act_order == "static":
         return torch.argsort(importance, descending=True, stable=True)
-    groups = torch.arange(len(importance)).split(group_size)
+    groups = columns.split(group_size)
     ranked = sorted(groups, key=lambda group: -float(importance[group].max()))
     return torch.cat(
         [group[torch.argsort(importance[group], descending=True, stable=True)] for group in ranked]

@@ -23,14 +23,24 @@ class HessianSum:
     rounded to fp32. The fp64 triangle takes the memory of the fp32 matrix that it becomes.
     """
 
-    def __init__(self, num_features: int, *, products: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        products: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        """The sum is kept on `device`, the processor by default, where its inputs must be."""
         self.num_features = num_features
         self._products = products
         self.num_tokens = 0
         self._lock = Lock()
         self.panels = [  # each [rows, K - start] fp64: the triangle from its first row on
             torch.zeros(
-                min(PANEL_ROWS, num_features - start), num_features - start, dtype=torch.float64
+                min(PANEL_ROWS, num_features - start),
+                num_features - start,
+                dtype=torch.float64,
+                device=device,
             )
             for start in range(0, num_features, PANEL_ROWS)
         ]
@@ -59,7 +69,7 @@ class HessianSum:
 
     def finish(self) -> Tensor:
         """The whole matrix, [K, K] fp32. Gives the panels' memory back as it goes."""
-        whole = torch.empty(self.num_features, self.num_features)
+        whole = torch.empty(self.num_features, self.num_features, device=self.panels[0].device)
         for start in range(0, self.num_features, PANEL_ROWS):
             panel = self.panels.pop(0)
             end = start + len(panel)

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..kernels.packing import PackedEmbedding
+from .devices import CPU
 from .errors import SourceError
 from .products import compute_with, project, project_in_fp32
 from .skeleton import Skeleton, assign
@@ -50,7 +52,8 @@ class LayeredModel:
     """A transformers model of which one layer at a time is in memory.
 
     Next to that layer stand the parts before and behind all layers in fp32, but the embedding and
-    the head, which stay memory-mapped as they are stored.
+    the head, which stay memory-mapped as they are stored. Layers are loaded to `device` and run
+    there; what is before and behind them stays with the processor.
     """
 
     num_layers: int
@@ -58,7 +61,8 @@ class LayeredModel:
     tied_head: bool  # the head's weight is the input embedding
     embedding_name: str  # on disk: "model.embed_tokens"
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, device: torch.device = CPU) -> None:
+        self.device = device
         self._source = source
         self._skeleton = Skeleton(source.config)
         self._model = self._skeleton.model
@@ -103,7 +107,7 @@ class LayeredModel:
         return found[0]
 
     def load_layer(self, index: int, *, products: torch.dtype | None = None) -> nn.Module:
-        """The layer with its weights, read now, in fp32.
+        """The layer with its weights, read now, in fp32 on `device`.
 
         With `products` the matrices of its linear layers are held in 16 bits and multiplied in that
         dtype: for fp32 they stay as they are in the source, mapped from there where the format
@@ -118,10 +122,15 @@ class LayeredModel:
             stored = self._source.tensor(self._source.places[prefix + name])
             path, _, leaf = name.rpartition(".")
             keeps = products is not None and path in linears and leaf == "weight"
-            assign(layer, name, stored if keeps else stored.to(torch.float32, copy=True))
+            dtype = stored.dtype if keeps else torch.float32
+            assign(layer, name, stored.to(self.device, dtype, copy=not keeps))
+        for module in layer.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
         for name, linear in linears.items():
             if products is None:
-                linear.weight.data = linear.weight.data.contiguous()  # GPT-2 stores them transposed
+                # GPT-2 stores them transposed.
+                linear.weight = nn.Parameter(linear.weight.contiguous(), requires_grad=False)
             elif products == torch.bfloat16 and not is_router(name):
                 weight = linear.weight.to(products).contiguous()
                 linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -135,9 +144,12 @@ class LayeredModel:
         return layer
 
     def call_layer(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """What the model's own forward does for unpadded sequences. [B, L, C] -> [B, L, C]."""
+        """What the model's own forward does for unpadded sequences. [B, L, C] -> [B, L, C]
+
+        on `device`, wherever the hidden states were.
+        """
         args, kwargs = self._calls_for(hidden.shape)[index]
-        output = layer(hidden, *args, **kwargs)
+        output = layer(hidden.to(self.device), *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -204,7 +216,7 @@ class LayeredModel:
 
     def layer_tensors(self, layer: nn.Module, index: int, quantized: set[str]) -> dict[str, Tensor]:
         """Everything in the layer but the weights and biases of the linear layers `quantized`
-        (names relative to the layer), as a new checkpoint names and stores it."""
+        (names relative to the layer), as a new checkpoint names and stores it. Not on a GPU."""
         prefix = f"{self.layer_name(index)}."
         state = layer.state_dict()
         tensors: dict[str, Tensor] = {}
@@ -212,7 +224,7 @@ class LayeredModel:
             if name.rpartition(".")[0] not in quantized:
                 transposed = self._skeleton.is_transposed(prefix + name)
                 tensor = state[name].t().contiguous() if transposed else state[name]
-                tensors[self._skeleton.checkpoint_name(prefix + name)] = tensor
+                tensors[self._skeleton.checkpoint_name(prefix + name)] = tensor.cpu()
         return tensors
 
     def checkpoint_name(self, index: int, linear: str) -> str:
@@ -297,8 +309,9 @@ class LayeredModel:
     def _learn_returns(self, layer: nn.Module) -> None:
         """Whether this model's layers return a tensor or a tuple; any layer of it tells."""
         ids = torch.zeros(PROBE_SHAPE, dtype=torch.int64)
-        args, kwargs = self._first_call(ids)
-        self._returns_tuple = isinstance(layer(self.embed(ids), *args, **kwargs), tuple)
+        (args, kwargs), hidden = self._moved(self._first_call(ids)), self.embed(ids)
+        output = layer(hidden.to(self.device), *args, **kwargs)
+        self._returns_tuple = isinstance(output, tuple)
 
     def _calls_for(self, shape: torch.Size) -> list[Call]:
         """What every layer is given besides hidden states of that shape. Threads may ask."""
@@ -307,8 +320,17 @@ class LayeredModel:
             if key not in self._calls:
                 while len(self._calls) >= MAX_SHAPES:
                     self._calls.pop(next(iter(self._calls)))
-                self._calls[key] = self._capture(key)
+                self._calls[key] = self._moved(self._capture(key))
             return self._calls[key]
+
+    def _moved(self, value: Any) -> Any:
+        """All tensors inside a value on `device`; one that stands there many times only once."""
+        moved: dict[int, Tensor] = {}
+
+        def move(tensor: Tensor) -> Tensor:
+            return moved.setdefault(id(tensor), tensor.to(self.device))
+
+        return tree_map_only(Tensor, move, value)
 
     def _capture(self, shape: tuple[int, ...]) -> list[Call]:
         calls: list[Call] = []

@@ -36,6 +36,7 @@ from .activations import ActivationStore
 from .calibration import calibration_batches, read_documents, render
 from .checkpoint import CheckpointWriter, check_output, digest, verify_checkpoint
 from .config import QuantConfig
+from .devices import resolve_device
 from .distributed import Ranks, join_ranks
 from .embedding import check_embedding, packed_embedding, quantize_embedding
 from .errors import QuantError
@@ -79,6 +80,7 @@ class Settings:
     sequence_length: int
     seed: int
     activation_memory_bytes: int
+    device: torch.device  # this process's
 
     def describe(self) -> dict[str, Any]:
         """Every setting that has an influence on the result."""
@@ -91,6 +93,7 @@ class Settings:
             "num_sequences": self.num_sequences,
             "sequence_length": self.sequence_length,
             "seed": self.seed,
+            "device": self.device.type,
         }
 
 
@@ -107,6 +110,7 @@ def quantize(
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
     seed: int = 0,
     activation_memory_bytes: int = DEFAULT_ACTIVATION_MEMORY_BYTES,
+    device: str = "auto",
     restart: bool = False,
     progress: bool = True,
 ) -> QuantizeReport:
@@ -115,27 +119,34 @@ def quantize(
     With `target_bpw` every group of linear layers that no rule of `config` names gets a width of
     its own, so that they have that many bits per weight together (see `sensitivity`).
 
+    `device` is one of DEVICES. Layers pass there and are solved there one by one; what waits
+    between two layers, and what is before and behind them, stays with the processor.
+
     Under `torchrun` every process calls this: they share the calibration batches and the solving,
-    and the first one writes. Raises a QuantError in one line: before work starts for an unsupported
-    setting, an occupied `out`, an unusable source or calibration text, too little disk space, or an
-    unfinished run with other settings (`restart` discards that one); later for a layer that cannot
-    be solved. `out` does not exist then; finished layers stay in the journal next to it.
+    each with a GPU of its own where they compute on GPUs, and the first one writes. Raises a
+    QuantError in one line: before work starts for an unsupported setting, an occupied `out`, an
+    unusable source or calibration text, too little disk space, or an unfinished run with other
+    settings (`restart` discards that one); later for a layer that cannot be solved. `out` does not
+    exist then; finished layers stay in the journal next to it.
     """
     started = time.monotonic()
     _bound_heap()
-    settings = Settings(
-        source=source,
-        out=Path(out).absolute(),
-        config=config,
-        target_bpw=target_bpw,
-        solver=_resolve(solver or SolverConfig(), config),
-        calibration_file=calibration_file,
-        num_sequences=num_sequences,
-        sequence_length=sequence_length,
-        seed=seed,
-        activation_memory_bytes=activation_memory_bytes,
-    )
     with join_ranks() as ranks:
+        with ranks.together():
+            own_device = resolve_device(device)
+        settings = Settings(
+            source=source,
+            out=Path(out).absolute(),
+            config=config,
+            target_bpw=target_bpw,
+            solver=_resolve(solver or SolverConfig(), config, own_device),
+            calibration_file=calibration_file,
+            num_sequences=num_sequences,
+            sequence_length=sequence_length,
+            seed=seed,
+            activation_memory_bytes=activation_memory_bytes,
+            device=own_device,
+        )
         with ranks.together():
             prepared = _prepare(settings)
         with _journal(settings, prepared, ranks, restart=restart) as journal:
@@ -160,7 +171,7 @@ def _prepare(settings: Settings) -> _Prepared:
     file = settings.calibration_file
     documents = None if file is None else read_documents(file)
     source = load_source(settings.source)
-    model = LayeredModel(source)
+    model = LayeredModel(source, settings.device)
     if settings.config.lm_head and model.head_name is None:
         raise QuantError("lm_head is true; this model has no output head")
     find_targets(model, load_layer(model, 0), 0, settings.config, check=settings.target_bpw is None)
@@ -238,7 +249,8 @@ class _Run:
             ActivationStore(self._journal.folder, limit // 2, kind="wanted") if num_drift else None
         )
         stores = {store: own} if wanted is None else {store: own, wanted: own_drift}
-        with Workers(num_workers(_hidden_size(self._source))) as workers, self._bar() as bar:
+        count = num_workers(_hidden_size(self._source), self._settings.device)
+        with Workers(count) as workers, self._bar() as bar:
             quantizer = LayerQuantizer(
                 self._model,
                 self._config,
@@ -284,6 +296,7 @@ class _Run:
                     seed=settings.seed,
                     max_model_bytes=settings.activation_memory_bytes,
                     progress=self._progress,
+                    device=settings.device,
                 )
                 self._journal.write_tokens(tokens)
         found = self._journal.read_tokens()
@@ -506,9 +519,9 @@ class _Totals:
         return 8 * self.num_packed_bytes / self.num_weights if self.num_weights else 16.0
 
 
-def _resolve(solver: SolverConfig, config: QuantConfig) -> SolverConfig:
+def _resolve(solver: SolverConfig, config: QuantConfig, device: torch.device) -> SolverConfig:
     """What the run does on this machine: a restart on another one must do the same."""
-    precision = resolve_precision(solver.precision, config.bits)
+    precision = resolve_precision(solver.precision, config.bits, device)
     return replace(solver, damp_percent=config.damp_percent, precision=precision)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from .checkpoint import MAX_SHARD_BYTES
 from .config import ModuleConfig, QuantConfig
+from .devices import CPU, resolve_device
 from .embedding import check_embedding
 from .errors import QuantError, SourceError
 from .formats import check_format, embedding_matrix, weight_bytes
 from .gptq import ROWS_AT_ONCE as SOLVER_ROWS
-from .gptq import SOLVED_AT_ONCE, SolverConfig, rows_at_once, solve
+from .gptq import SolverConfig, rows_at_once, solve
 from .layers import find_layers, is_router
 from .pipeline import (
     DEFAULT_ACTIVATION_MEMORY_BYTES,
@@ -67,6 +68,7 @@ FACTOR_BYTES = 4 + 4  # of K * K: the Hessian in fp32 and its factor, a triangle
 SOLVER_BYTES = 36  # of K * N for the rows that are solved together: targets, codes, slopes
 ROW_BYTES = 24  # of K * N for the rows that are packed together: wide codes and their periods
 CODE_BYTES = 1  # of K * N for the layers of a group, before they are packed
+HOST_TERMS = ("its packed weights", "activations between layers")  # not on the GPU
 PAUSED_STATES = 6  # hidden states that attention holds: residual, normed, q, k, v, output
 # Of activations in blocks that glibc does not map one by one, what is free between them at the end
 # of a run: 0.28 to 0.36 of SmolLM2's with 64 sequences of 512 tokens.
@@ -170,7 +172,9 @@ class Plan:
     num_bytes_packed: int  # every tensor of the checkpoint, exactly
     bits_per_weight: float  # of the quantized layers, scales and zero points included
     num_calibration_tokens: int
+    device: str  # "cpu" or "cuda"
     memory: Phase  # of the run's phases the one that needs most
+    gpu_memory: Phase | None  # the same of the GPU's memory, if the run computes there
     time: tuple[tuple[str, float], ...]  # (part of the run, seconds)
     gpu: GpuFit | None
 
@@ -190,6 +194,7 @@ def plan_run(
     num_sequences: int = DEFAULT_NUM_SEQUENCES,
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
     activation_memory_bytes: int = DEFAULT_ACTIVATION_MEMORY_BYTES,
+    device: str = "auto",
     solver: SolverConfig | None = None,
     gpu: str | None = None,
     kv_tokens: int = 0,
@@ -206,6 +211,7 @@ def plan_run(
         num_sequences=num_sequences,
         sequence_length=sequence_length,
         activation_memory_bytes=activation_memory_bytes,
+        device=resolve_device(device),
         solver=solver,
         gpu=gpu,
         kv_tokens=kv_tokens,
@@ -221,6 +227,7 @@ def plan_model(
     num_sequences: int = DEFAULT_NUM_SEQUENCES,
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
     activation_memory_bytes: int = DEFAULT_ACTIVATION_MEMORY_BYTES,
+    device: torch.device = CPU,
     solver: SolverConfig | None = None,
     gpu: str | None = None,
     kv_tokens: int = 0,
@@ -232,10 +239,15 @@ def plan_model(
         raise QuantError(f"kv_tokens is {kv_tokens}; it must be at least 0")
     gpu_name = None if gpu is None else _gpu_name(gpu)
     solver = solver or SolverConfig()
+    precision = resolve_precision(solver.precision, config.bits, device)
+    solver = replace(solver, precision=precision)
     model = _Model(name, model_config, config, corrects_drift=solver.drift != "none")
     length = min(sequence_length, getattr(model_config, "max_position_embeddings", sequence_length))
     quantized = model.quantized()
     num_bytes = model.checkpoint_bytes()
+    memory, gpu_memory = _memory(
+        model, num_sequences, length, activation_memory_bytes, solver, device
+    )
     return Plan(
         source=name,
         model_type=model_config.model_type,
@@ -246,8 +258,10 @@ def plan_model(
         num_bytes_packed=num_bytes,
         bits_per_weight=bits_per_weight(quantized, config.checkpoint_format),
         num_calibration_tokens=num_sequences * length,
-        memory=_memory(model, num_sequences, length, activation_memory_bytes, solver),
-        time=_time(model, num_sequences, length, rates or measure_rates(), solver),
+        device=device.type,
+        memory=memory,
+        gpu_memory=gpu_memory,
+        time=_time(model, num_sequences, length, rates or measure_rates(device), solver, device),
         gpu=None if gpu_name is None else _gpu_fit(gpu_name, model, num_bytes, kv_tokens),
     )
 
@@ -262,15 +276,24 @@ def describe(plan: Plan) -> str:
         f"{format_bytes(plan.num_bytes_packed)} packed ({plan.num_bytes_packed:,} bytes), "
         f"{plan.bits_per_weight:.3f} bits per weight",
         f"peak memory  {format_bytes(plan.peak_memory_bytes)}, while {plan.memory.name}:",
-        *(
-            f"             {format_bytes(term.num_bytes):>11}  {term.label}"
-            for term in plan.memory.terms
-        ),
+        *_describe_terms(plan.memory),
+        *([] if plan.gpu_memory is None else _describe_gpu_memory(plan.gpu_memory)),
         f"time         about {format_seconds(plan.seconds)} on this machine, an estimate for "
         f"{plan.num_calibration_tokens:,} calibration tokens:",
         *(f"             {format_seconds(seconds):>11}  {part}" for part, seconds in plan.time),
     ]
     return "\n".join([*lines, *([] if plan.gpu is None else [_describe_fit(plan.gpu)])])
+
+
+def _describe_gpu_memory(phase: Phase) -> list[str]:
+    heading = f"GPU memory   {format_bytes(phase.num_bytes)}, while {phase.name}; CUDA's own aside:"
+    return [heading, *_describe_terms(phase)]
+
+
+def _describe_terms(phase: Phase) -> list[str]:
+    return [
+        f"             {format_bytes(term.num_bytes):>11}  {term.label}" for term in phase.terms
+    ]
 
 
 def _describe_fit(gpu: GpuFit) -> str:
@@ -468,30 +491,48 @@ def _memory(
     length: int,
     activation_memory_bytes: int,
     solver: SolverConfig,
-) -> Phase:
-    """The phase of the run that needs most; its terms are in use at once."""
+    device: torch.device,
+) -> tuple[Phase, Phase | None]:
+    """The phase of the run that needs most; its terms are in use at once. And that of a GPU's."""
     drawing = 4 * model.num_parameters  # only done where it fits the activations' limit
-    phases = {
-        **_embedding_phases(model),
-        **_layer_phases(model, num_sequences, length, activation_memory_bytes, solver),
+    drawn = {
         "drawing calibration text": {
             "the whole model, fp32": drawing if drawing <= activation_memory_bytes else 0
-        },
+        }
+    }
+    layers = _layer_phases(model, num_sequences, length, activation_memory_bytes, solver, device)
+    on_gpu: dict[str, dict[str, int]] = {}
+    if device.type != "cpu":
+        on_gpu = drawn | {name: _without(terms, HOST_TERMS) for name, terms in layers.items()}
+        layers = {name: _without(terms, on_gpu[name]) for name, terms in layers.items()}
+    phases = {
+        **_embedding_phases(model),
+        **layers,
+        **drawn,
         "writing the checkpoint": {
             "one shard": min(model.checkpoint_bytes(), MAX_SHARD_BYTES),
             "one finished layer": model.largest_packed_layer(),
         },
     }
-    name = max(phases, key=lambda phase: sum(phases[phase].values()))
     vocabulary = int(getattr(model.config, "vocab_size", 0))
-    terms = {
+    always = {
         "Python, torch and transformers": PROCESS_BYTES,
         "the tokenizer": TOKENIZER_BYTES * vocabulary,
-        **phases[name],
     }
+    return _largest(phases, always), _largest(on_gpu, {}) if on_gpu else None
+
+
+def _largest(phases: Mapping[str, Mapping[str, int]], always: Mapping[str, int]) -> Phase:
+    """The phase that needs most, with what is always in use."""
+    name = max(phases, key=lambda phase: sum(phases[phase].values()))
+    terms = {**always, **phases[name]}
     return Phase(
         name=name, terms=tuple(Term(label=label, num_bytes=size) for label, size in terms.items())
     )
+
+
+def _without(terms: Mapping[str, int], labels: Collection[str]) -> dict[str, int]:
+    return {label: size for label, size in terms.items() if label not in labels}
 
 
 def _embedding_phases(model: _Model) -> dict[str, dict[str, int]]:
@@ -510,7 +551,12 @@ def _embedding_phases(model: _Model) -> dict[str, dict[str, int]]:
 
 
 def _layer_phases(
-    model: _Model, num_sequences: int, length: int, limit_bytes: int, solver: SolverConfig
+    model: _Model,
+    num_sequences: int,
+    length: int,
+    limit_bytes: int,
+    solver: SolverConfig,
+    device: torch.device,
 ) -> dict[str, dict[str, int]]:
     """Of all groups of layers the one that needs most, while its sums grow and while it is solved.
 
@@ -522,6 +568,7 @@ def _layer_phases(
     widths = [_paused_width(group, hidden, before) for group, before, _ in in_order]
     most = max([PAUSED_STATES * hidden, *widths])
     keeps_paused = num_passes * state * most <= limit_bytes
+    in_heap = keeps_paused and device.type == "cpu"
     needs: dict[str, dict[str, int]] = {}
     for (group, before, last), width in zip(in_order, widths, strict=True):
         columns = group[0].in_features
@@ -533,15 +580,15 @@ def _layer_phases(
             "activations between layers": min(num_passes * state * hidden, limit_bytes),
             "activations in the layer": num_passes * state * width * keeps_paused,
             "free memory between them": int(
-                FREE_SHARE * num_passes * state * width * (keeps_paused and block < MAPPED_BYTES)
+                FREE_SHARE * num_passes * state * width * (in_heap and block < MAPPED_BYTES)
             ),
         }
         early = num_passes < 2 * num_sequences  # the drift's Hessian is not that of all tokens
         drift = _drift_weights(group) if model.corrects_drift else 0
-        passing = min(num_sequences, num_workers(hidden) * batch_size(length))
+        passing = min(num_sequences, num_workers(hidden, device) * batch_size(length))
         batch = passing * state * PASS_WIDTH * max(hidden, columns)
         codes = max(
-            SOLVER_BYTES * min(SOLVED_AT_ONCE, columns * SOLVER_ROWS, weights),
+            SOLVER_BYTES * min(columns * rows_at_once(columns, device), weights),
             ROW_BYTES * min(CODES_AT_ONCE, columns * min(rows, ROWS_AT_ONCE)),
         )
         found = {
@@ -584,7 +631,7 @@ def _layer_terms(model: _Model, solver: SolverConfig, finished: int, held: int) 
 
     Finished weights are held as they are multiplied; of the 16-bit model the same ones are.
     """
-    narrow = product_dtype(resolve_precision(solver.precision, model.quant_config.bits)).itemsize
+    narrow = product_dtype(solver.precision).itemsize
     open_ = model.largest_layer() - finished
     return {
         "the decoder layer, fp32": 4 * open_ + narrow * held,
@@ -623,15 +670,16 @@ def _drift_weights(group: Sequence[Linear]) -> int:
 # Time
 
 
-def measure_rates() -> Rates:
-    """How fast this machine is, in about a second."""
+def measure_rates(device: torch.device = CPU) -> Rates:
+    """How fast this machine is on that device, in about a second."""
     few, many = 256, SOLVER_ROWS
-    small, large = _solver_seconds(few), _solver_seconds(many)
+    small, large = _solver_seconds(few, device), _solver_seconds(many, device)
+    precision = resolve_precision("auto", MAX_ROUNDED_BITS, device)
     per_weight = max(large - small, 0.0) / (PROBE_COLUMNS * (many - few))
     return Rates(
-        matmul=_matmul_rate(torch.float32),
-        product=_matmul_rate(product_dtype(resolve_precision("auto", MAX_ROUNDED_BITS))),
-        matmul64=_matmul_rate(torch.float64),
+        matmul=_matmul_rate(torch.float32, device),
+        product=_matmul_rate(product_dtype(precision), device),
+        matmul64=_matmul_rate(torch.float64, device),
         copy=_copy_rate(),
         solver_column=max(small / PROBE_COLUMNS - few * per_weight, 0.0),
         solver_weight=per_weight,
@@ -639,21 +687,25 @@ def measure_rates() -> Rates:
 
 
 def _time(
-    model: _Model, num_sequences: int, length: int, rates: Rates, solver: SolverConfig
+    model: _Model,
+    num_sequences: int,
+    length: int,
+    rates: Rates,
+    solver: SolverConfig,
+    device: torch.device,
 ) -> tuple[tuple[str, float], ...]:
     drift_tokens = length * _num_drift_sequences(num_sequences, length, solver)
     models = 2 if model.corrects_drift else 1
     tokens = num_sequences * length
     seen = (tokens + drift_tokens) / tokens  # by both models
-    rounds = resolve_precision(solver.precision, model.quant_config.bits) == "bfloat16"
-    product = rates.product if rounds else rates.matmul
+    product = rates.product if solver.precision == "bfloat16" else rates.matmul
     groups = model.groups()
     attention = 2 * tokens * length * int(model.config.hidden_size) * model.num_layers
     inside = [linear for linear in model.linears if linear.layer is not None]
     passes = sum(2 * tokens * linear.share * linear.num_weights for linear in inside)
     squares = sum(group[0].share * group[0].in_features ** 2 for group in groups)
     factors = sum(FACTOR_OPERATIONS * group[0].in_features ** 3 for group in groups)
-    solving = sum(_solving_seconds(group, rates, solver.descent_sweeps) for group in groups)
+    solving = sum(_solving_seconds(group, rates, solver, device) for group in groups)
     drift = DRIFT_OPERATIONS * drift_tokens * sum(map(_drift_weights, groups))
     table = 0 if model.embedding is None else model.embedding.num_weights
     return (
@@ -666,27 +718,29 @@ def _time(
     )
 
 
-def _solving_seconds(group: Sequence[Linear], rates: Rates, sweeps: int) -> float:
+def _solving_seconds(
+    group: Sequence[Linear], rates: Rates, solver: SolverConfig, device: torch.device
+) -> float:
     columns = group[0].in_features
     weights = sum(linear.num_weights for linear in group)
-    slices = -(-sum(linear.out_features for linear in group) // rows_at_once(columns))
-    operations = SOLVER_OPERATIONS + SWEEP_OPERATIONS * sweeps
+    slices = -(-sum(linear.out_features for linear in group) // rows_at_once(columns, device))
+    operations = SOLVER_OPERATIONS + SWEEP_OPERATIONS * solver.descent_sweeps
     products = operations * weights * columns / rates.matmul
     return slices * columns * rates.solver_column + weights * rates.solver_weight + products
 
 
-def _solver_seconds(rows: int) -> float:
+def _solver_seconds(rows: int, device: torch.device) -> float:
     """Of a layer with PROBE_COLUMNS inputs."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, PROBE_COLUMNS, generator=generator)
     inputs = torch.randn(4 * PROBE_COLUMNS, PROBE_COLUMNS, generator=generator)
-    hessian = inputs.t() @ inputs
-    return _seconds(lambda: solve([weight], hessian.clone(), [ModuleConfig()]))
+    hessian, weight = (inputs.t() @ inputs).to(device), weight.to(device)
+    return _seconds(lambda: solve([weight], hessian.clone(), [ModuleConfig()]), device)
 
 
-def _matmul_rate(dtype: torch.dtype) -> float:
-    matrix = torch.ones(768, 768, dtype=dtype)
-    return 2 * 768**3 / _seconds(lambda: matrix @ matrix)
+def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    matrix = torch.ones(768, 768, dtype=dtype, device=device)
+    return 2 * 768**3 / _seconds(lambda: matrix @ matrix, device)
 
 
 def _copy_rate() -> float:
@@ -694,13 +748,19 @@ def _copy_rate() -> float:
     return block.nbytes / _seconds(block.clone)
 
 
-def _seconds(work: Callable[[], Any], enough: float = 0.05) -> float:
+def _seconds(work: Callable[[], Any], device: torch.device = CPU, enough: float = 0.05) -> float:
     """Of one call: the fastest of as many as take `enough` seconds, after one to warm up."""
-    work()
+
+    def run() -> None:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    run()
     fastest, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < enough:
         begun = time.perf_counter()
-        work()
+        run()
         fastest = min(fastest, time.perf_counter() - begun)
     return fastest
 

@@ -1,7 +1,8 @@
 """What linear layers compute in while calibration text passes through them, and what is added up.
 
-Processors that multiply bfloat16 do so twice as fast as fp32. Sums stay in fp32 or fp64, and so
-does all else: the residual stream, the solver. What that costs stands in docs/performance.md.
+Processors that multiply bfloat16 do so twice as fast as fp32, GPUs many times as fast. Sums stay in
+fp32 or fp64, and so does all else: the residual stream, the solver. What that costs stands in
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,23 +16,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .devices import CPU
+
 ROWS_AT_ONCE = 8192  # of a matrix as it is stored, converted to fp32 at a time
 MAX_ROUNDED_BITS = 4  # of weights beside which rounded products are negligible
+BFLOAT16_CAPABILITY = (8, 0)  # of the first GPUs that multiply it
 PRECISIONS = ("auto", "bfloat16", "float32")
 
 
-def resolve_precision(name: str, bits: int) -> str:
+def resolve_precision(name: str, bits: int, device: torch.device = CPU) -> str:
     """One of PRECISIONS -> "bfloat16" or "float32", for weights of so many bits.
 
-    auto is the faster one on this processor; but at 8 bits, where rounded products are no longer
-    negligible beside rounded weights (KL divergence 0.00043 instead of 0.00017), it is float32.
+    auto is the faster one on this processor or GPU; but at 8 bits, where rounded products are no
+    longer negligible beside rounded weights (KL divergence 0.00043 instead of 0.00017), it is
+    float32.
     """
     if name != "auto":
         return name
     if bits > MAX_ROUNDED_BITS:
         return "float32"
+    return "bfloat16" if _multiplies_bfloat16(device) else "float32"
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
     found = torch.cpu.get_capabilities()
-    return "bfloat16" if found.get("avx512_bf16") or found.get("amx_bf16") else "float32"
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def product_dtype(precision: str) -> torch.dtype:

@@ -205,17 +205,17 @@ def _rounded(
     targets: Sequence[Target], linears: Mapping[str, nn.Linear], importance: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """With the weights of these layers rounded to nearest."""
-    originals = {target.name: linears[target.name].weight.data for target in targets}
+    originals = {target.name: linears[target.name].weight for target in targets}
     for target in targets:
         rounded = round_to_nearest(
             originals[target.name], target.config, importance=importance[target.name]
         )
-        linears[target.name].weight.data = rounded.dequantize()
+        linears[target.name].weight = nn.Parameter(rounded.dequantize(), requires_grad=False)
     try:
         yield
     finally:
         for name, original in originals.items():
-            linears[name].weight.data = original
+            linears[name].weight = original
 
 
 def _distance(moved: Tensor, output: Tensor) -> float:

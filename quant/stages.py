@@ -15,9 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..kernels.packing import PackedWeight, concatenate, dequantize, select_outputs
+from ..kernels.packing import PackedWeight, concatenate, dequantize, move, select_outputs
 from .activations import ActivationStore
 from .config import ModuleConfig, QuantConfig
+from .devices import CPU
 from .distributed import Ranks
 from .drift import DriftSum
 from .errors import QuantError, SolverError
@@ -130,7 +131,7 @@ class LayerQuantizer:
                 weights, found = self._quantize_group(group, layers, take, passed)
                 for target, weight in zip(group.targets, weights, strict=True):
                     install(_linear(layer, target.name), weight, self._products)
-                    packed[target.full_name] = weight
+                    packed[target.full_name] = move(weight, CPU)
                 reports += found
                 self._on_group(found)
             with self._ranks.together():
@@ -167,17 +168,23 @@ class LayerQuantizer:
         target = Target(name=name, full_name=name, config=config)
         last = self._model.num_layers
         inputs = (
-            self._model.head_input(self._store.get(last, batch))
+            self._model.head_input(self._store.get(last, batch)).to(self._model.device)
             for batch in self._calibration.batches
         )
         summed = self._sum_hessian(weight.shape[1], inputs)
         with self._ranks.together():
             hessian, _ = self._choose_hessian(target, summed)
         parts = [
-            solve_together([target], [rows.float()], hessian.clone(), self._solver, self._ranks)
+            solve_together(
+                [target],
+                [rows.to(hessian.device, torch.float32)],
+                hessian.clone(),
+                self._solver,
+                self._ranks,
+            )
             for rows in weight.split(HEAD_ROWS)
         ]
-        packed = concatenate([pack(part.quantized, None) for (part,) in parts])
+        packed = move(concatenate([pack(part.quantized, None) for (part,) in parts]), CPU)
         packed = replace(packed, bias=None if bias is None else to_fp16({name: bias})[name])
         whole = replace(
             parts[0][0],
@@ -232,7 +239,12 @@ class LayerQuantizer:
         tokens to the layer than it would have at 16 bits.
         """
         weights, own = [linear.weight for linear in originals], self._calibration
-        new = partial(HessianSum, weights[0].shape[1], products=self._products)
+        new = partial(
+            HessianSum,
+            weights[0].shape[1],
+            products=self._products,
+            device=self._model.device,
+        )
         beside, alone, drift = new(), None, None
         if self._wanted is not None:
             has_residual = group.stream is not None
@@ -274,7 +286,7 @@ class LayerQuantizer:
 
     def _sum_hessian(self, num_features: int, inputs: Iterable[Tensor]) -> HessianSum:
         """Over the batches of all ranks."""
-        summed = HessianSum(num_features)
+        summed = HessianSum(num_features, device=self._model.device)
         with self._ranks.together():
             for batch in inputs:
                 summed.add(batch)
@@ -293,7 +305,7 @@ class LayerQuantizer:
         needed = MIN_TOKEN_SHARE * self._calibration.num_tokens
         if summed.num_tokens < max(needed, 1):
             reason = f"{summed.num_tokens} tokens reached it, {needed:.0f} are needed"
-            return torch.eye(summed.num_features), reason
+            return torch.eye(summed.num_features, device=self._model.device), reason
         if not summed.is_finite():
             raise QuantError(f"{target.full_name}: its inputs hold values that are not finite")
         return summed.finish(), None
@@ -345,7 +357,7 @@ class LayerQuantizer:
             if not bool(torch.isfinite(output).all()):
                 name = self._model.layer_name(index)
                 raise QuantError(f"{name}: its outputs hold values that are not finite")
-            store.put(index + 1, batch, output)
+            store.put(index + 1, batch, output.cpu())
 
         self._workers.map(keep, batches)
 
@@ -482,8 +494,10 @@ def install(linear: nn.Linear, weight: PackedWeight, products: torch.dtype) -> N
     """Put the weight that other programs will read from the checkpoint into the layer, as exactly
     as `products` holds it.
     """
-    dense = torch.empty(linear.weight.shape, dtype=products)
-    for outputs in torch.arange(weight.out_features).split(ROWS_AT_ONCE):
+    device = linear.weight.device
+    weight = move(weight, device)
+    dense = torch.empty(linear.weight.shape, dtype=products, device=device)
+    for outputs in torch.arange(weight.out_features, device=device).split(ROWS_AT_ONCE):
         dense[outputs[0] : outputs[-1] + 1] = dequantize(select_outputs(weight, outputs))
     linear.weight = nn.Parameter(dense, requires_grad=False)
 

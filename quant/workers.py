@@ -14,6 +14,8 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from .devices import CPU
+
 MAX_WORKERS = 4  # each has a batch in memory; beyond these, operations are spread over cores
 WIDE = 2048  # hidden states from where on every operation has work for all cores
 
@@ -67,9 +69,11 @@ class Workers:
             wait(futures)
 
 
-def num_workers(hidden_size: int) -> int:
-    """As many as suit this machine and a model of that width."""
-    return 1 if hidden_size >= WIDE else min(torch.get_num_threads(), MAX_WORKERS)
+def num_workers(hidden_size: int, device: torch.device = CPU) -> int:
+    """As many as suit this machine and a model of that width. A GPU does one thing at a time."""
+    if device.type != "cpu" or hidden_size >= WIDE:
+        return 1
+    return min(torch.get_num_threads(), MAX_WORKERS)
 
 
 @torch.inference_mode()

@@ -114,6 +114,7 @@ def _add_quantize(commands: Commands) -> None:
         help="for calibration activations; more are read back from disk (default: 2 GiB)",
         **options,
     )
+    _add_device(parser)
     parser.add_argument(
         "--restart", action="store_true", help="discard what an unfinished run left"
     )
@@ -140,7 +141,14 @@ def _quantize(arguments: argparse.Namespace) -> int:
     config = dataclasses.replace(_quant_config(arguments), damp_percent=arguments.damp_percent)
     settings = _given(
         arguments,
-        ("target_bpw", "num_sequences", "sequence_length", "seed", "activation_memory_bytes"),
+        (
+            "target_bpw",
+            "num_sequences",
+            "sequence_length",
+            "seed",
+            "activation_memory_bytes",
+            "device",
+        ),
     )
     try:
         report = quantize(
@@ -201,6 +209,7 @@ def _add_plan(commands: Commands) -> None:
         help="for calibration activations",
         **options,
     )
+    _add_device(parser)
     parser.add_argument("--gpu", metavar="NAME", help="say whether the result fits: A100-80, L4, …")
     parser.add_argument(
         "--kv-tokens", type=int, default=2048, help="of KV cache that must fit the GPU, too"
@@ -218,10 +227,20 @@ def _plan(arguments: argparse.Namespace) -> int:
         solver=SolverConfig(**_given(arguments, SOLVER_OPTIONS)),
         gpu=arguments.gpu,
         kv_tokens=arguments.kv_tokens,
-        **_given(arguments, ("num_sequences", "sequence_length", "activation_memory_bytes")),
+        **_given(
+            arguments, ("num_sequences", "sequence_length", "activation_memory_bytes", "device")
+        ),
     )
     print(describe(plan))
     return 0
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default=argparse.SUPPRESS,
+        help="what to compute on: cpu, cuda, or cuda where there is a GPU (auto) (default: auto)",
+    )
 
 
 SOLVER_OPTIONS = (

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import FAMILIES, save_family
 from lowbit.quant.config import QuantConfig
 from lowbit.quant.errors import CheckpointError, QuantError, SourceError
@@ -209,6 +210,27 @@ def test_activations_stay_within_their_limit() -> None:
     assert held(bounded)["activations between layers"] == GIB
     assert held(bounded)["activations in the layer"] == 0
     assert unbounded.peak_memory_bytes > bounded.peak_memory_bytes + 30 * GIB
+
+
+def test_a_gpu_holds_what_is_computed_with() -> None:
+    """And the processor what waits: the activations between layers, and what is finished."""
+    settings: dict[str, Any] = {"solver": SolverConfig(precision="bfloat16"), "num_sequences": 64}
+    alone = plan(LLAMA_65B, **settings)
+    found = plan(LLAMA_65B, device=torch.device("cuda"), **settings)
+    assert found.gpu_memory is not None and (alone.device, found.device) == ("cpu", "cuda")
+    on_gpu, beside = (
+        {t.label: t.num_bytes for t in p.terms} for p in (found.gpu_memory, found.memory)
+    )
+    largest_layer = 4 * (4 * 8192**2 + 3 * 8192 * 22_016 + 2 * 8192)
+    assert on_gpu["the decoder layer, fp32"] <= largest_layer
+    assert on_gpu["the Hessian and its factor"] >= 8 * 22_016**2
+    between = 64 * 512 * 8192 * 4 * 2  # of both models
+    assert beside["activations between layers"] == min(between, 2 << 30)
+    assert not {"the decoder layer, fp32", "the Hessian and its factor"} & {*beside}
+    assert not {"activations between layers", "its packed weights"} & {*on_gpu}
+    assert found.memory.num_bytes < alone.memory.num_bytes
+    assert "\nGPU memory " in describe(found) and "\nGPU memory " not in describe(alone)
+    assert found.num_bytes_packed == alone.num_bytes_packed
 
 
 def test_time_is_the_sum_of_its_parts_and_follows_the_machine() -> None:
