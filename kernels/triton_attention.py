@@ -2,8 +2,8 @@
 
 Sequences with several new tokens (prefill, chunks of it) go through one kernel, which walks over
 the keys from the window's edge to the causal bound. Those with one (decode) go through another,
-which cuts the keys into parts, so that a few long sequences still fill the GPU, and adds the parts
-up first to last. What a sequence gets depends on nothing but itself, and no kernel's grid on
+which cuts the keys into parts, so that a few long sequences still fill the GPU, and a third one
+adds the parts up. What a sequence gets depends on nothing but itself, and no kernel's grid on
 numbers that only the GPU knows: nothing waits for the device, and one grid serves all lengths.
 
 Softmax is computed in one pass with a running maximum (Milakov and Gimelshein 2018; Dao et al.
@@ -24,7 +24,9 @@ from torch import Tensor
 from .interface import AttentionSpec, KVCache
 from .triton_launch import interpreted, on_device_of
 
-_PART_TOKENS = 512  # keys per program of a decode, where those make few enough programs
+# Keys per program of a decode, where those make few enough programs: few, because at a small batch
+# a step waits for one program after another's loads, not for bandwidth.
+_PART_TOKENS = 128
 _PREFILL_ROWS = 64  # rows (new tokens x heads that share keys) per program
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -169,7 +171,7 @@ def _attend_tiles(
     return acc, total, highest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "num_heads", "table_stride"])
 def _prefill_kernel(
     q,  # [T, H, D]
     keys,  # [blocks, BLOCK_SIZE, Hkv, D]
@@ -276,7 +278,7 @@ def _parts_of(
     return begin, tl.maximum(length, PART)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "num_heads", "table_stride"])
 def _decode_kernel(
     q,
     keys,
@@ -346,7 +348,7 @@ def _decode_kernel(
         tl.store(weights + plane + slots, highest, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "num_heads", "num_parts"])
 def _combine_kernel(
     partial,
     weights,
@@ -362,10 +364,14 @@ def _combine_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
-    """One head of one sequence with one new token: its parts, added up first to last."""
+    """One head of one sequence with one new token: its parts, CHUNK of them at a time.
+
+    What a sequence gets depends on how many it has, not on how many there is room for.
+    """
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     first = tl.load(query_start + sequence)
@@ -378,14 +384,22 @@ def _combine_kernel(
         highest = tl.full((), float("-inf"), tl.float32)
         context = tl.load(context_lens + sequence)
         begin, length = _parts_of(context, PART, MAX_PARTS, TILE, WINDOW)
-        for part in range(tl.cdiv(context - begin, length)):
-            slot = (part * num_sequences + sequence).to(tl.int64) * num_heads + head
-            part_highest = tl.load(weights + plane + slot)
-            now = tl.maximum(highest, part_highest)
+        count = tl.cdiv(context - begin, length)
+        for start in range(0, count, CHUNK):
+            parts = start + tl.arange(0, CHUNK)
+            known = parts < count
+            slots = (parts * num_sequences + sequence).to(tl.int64) * num_heads + head
+            part_values = tl.load(
+                partial + slots[:, None] * HEAD_DIM + features[None, :],
+                mask=known[:, None] & inside[None, :],
+                other=0.0,
+            )
+            part_totals = tl.load(weights + slots, mask=known, other=0.0)
+            part_highest = tl.load(weights + plane + slots, mask=known, other=float("-inf"))
+            now = tl.maximum(highest, tl.max(part_highest, axis=0))
             shrink, grow = tl.exp2(highest - now), tl.exp2(part_highest - now)
-            part_values = tl.load(partial + slot * HEAD_DIM + features, mask=inside, other=0.0)
-            acc = acc * shrink + part_values * grow
-            total = total * shrink + tl.load(weights + slot) * grow
+            acc = acc * shrink + tl.sum(part_values * grow[:, None], axis=0)
+            total = total * shrink + tl.sum(part_totals * grow, axis=0)
             highest = now
         row = first.to(tl.int64) * num_heads + head
         target = out + row * HEAD_DIM + features
@@ -465,7 +479,7 @@ class _Launch:
         self.constants = self.dimensions | {
             "GROUP": self.group,
             "BLOCK_SIZE": block_size,
-            "STAGES": 2,
+            "STAGES": stages(self.scaled),
             "SOFT_CAP": spec.soft_cap or 0.0,
             "SCALED": self.scaled,
             "PTX": not interpreted,
@@ -519,6 +533,7 @@ class _Launch:
             self.num_sequences,
             self.num_heads,
             num_parts,
+            CHUNK=combined_parts(self.padded_dim),
             HAS_LSE=self.has_lse,
             **parts,
             **self.dimensions,
@@ -556,6 +571,17 @@ def max_parts(num_kv_heads: int) -> int:
     """Parts of a decode: enough for one long sequence to fill a GPU, few enough that most of a
     grid which serves all lengths does not come for nothing."""
     return max(32, min(128, 256 // num_kv_heads))
+
+
+def stages(scaled: bool) -> int:
+    """In 3, the numbers of a tile's blocks are loaded ahead, like its keys; with 8 bits that would
+    take registers that there are not."""
+    return 2 if scaled else 3
+
+
+def combined_parts(padded_dim: int) -> int:
+    """Parts that one warp loads at a time: one after the other, each would be waited for."""
+    return 2048 // padded_dim
 
 
 def prefill_warps(head_dim: int, scaled: bool) -> int:

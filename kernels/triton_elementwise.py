@@ -69,8 +69,8 @@ def _activate_mul_kernel(
     PERMUTED: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    features = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)  # of a grid's dimensions only this one passes 65,535
+    features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = features < num_features
     sources = features
     if PERMUTED:
@@ -156,7 +156,7 @@ def _activate_mul(gate_up: Tensor, activation: str, permutation: Tensor | None) 
     if num_rows == 0:
         return y
     with on_device_of(gate_up):
-        _activate_mul_kernel[(triton.cdiv(num_features, _MUL_BLOCK), num_rows)](
+        _activate_mul_kernel[(num_rows, triton.cdiv(num_features, _MUL_BLOCK))](
             gate_up,
             gate_up if permutation is None else permutation,
             y,

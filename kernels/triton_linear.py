@@ -8,6 +8,7 @@ Three tiers by the number of rows M, over one copy of the weights in fragment or
   - more: slices of W are dequantized to memory and multiplied by cuBLAS (`_dequantize_kernel`).
 The first two cut K into parts that depend on N, K and the GPU alone, and add them up in a fixed
 order (`_reduce_kernel`): equal inputs give equal bits, whatever else is in the batch of a tier.
+A kernel is compiled for a width and a block of rows, not for each number of rows or layer.
 
 Codes become numbers two at a time: the bits of a code, put below those of 1024 (fp16) or 128
 (bf16), are 1024 + code or 128 + code (Kim et al. 2022, "Who says elephants can't run").
@@ -331,14 +332,14 @@ def _store_rows(
     part,
     num_rows,
     num_outputs,
-    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
     """To y [M, N], or to the part's plane of it [S, M, N] in fp32."""
     inside = (rows < num_rows)[None, :] & (columns < num_outputs)[:, None]
     offsets = rows[None, :].to(tl.int64) * num_outputs + columns[:, None]
-    if PARTS > 1:
+    if SPLIT:
         plane = part.to(tl.int64) * num_rows * num_outputs
         tl.store(y + plane + offsets, acc, mask=inside)
     else:
@@ -351,7 +352,7 @@ def _store_rows(
         tl.store(y + offsets, acc.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "blocks_per_part"])
 def _gemm_kernel(
     x,  # [M, K], rows x_stride apart
     plane,
@@ -381,7 +382,7 @@ def _gemm_kernel(
     DTYPE: tl.constexpr,
     PTX: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,  # K is cut into parts, which `_reduce_kernel` adds up
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     STAGES: tl.constexpr,
@@ -415,11 +416,11 @@ def _gemm_kernel(
     columns = first_tile * 16 + tl.arange(0, BLOCK_N)
     _store_rows(
         acc, y, bias, residual, rows, columns, part, num_rows, num_outputs,
-        PARTS, HAS_BIAS, HAS_RESIDUAL,
+        SPLIT, HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "blocks_per_part"])
 def _gemv_kernel(
     x,  # [M, K], rows x_stride apart
     plane,
@@ -448,7 +449,7 @@ def _gemv_kernel(
     DTYPE: tl.constexpr,
     PTX: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,  # K is cut into parts, which `_reduce_kernel` adds up
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     STAGES: tl.constexpr,
@@ -501,11 +502,11 @@ def _gemv_kernel(
     columns = first_tile * 16 + tl.arange(0, BLOCK_N)
     _store_rows(
         tl.sum(acc, axis=1)[:, None], y, bias, residual, row + tl.arange(0, 1), columns, part,
-        num_rows, num_outputs, PARTS, HAS_BIAS, HAS_RESIDUAL,
+        num_rows, num_outputs, SPLIT, HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _reduce_kernel(
     planes,  # [S, M, N] fp32
     bias,
@@ -534,7 +535,7 @@ def _reduce_kernel(
     tl.store(y + offsets, acc.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_output", "slice_outputs"])
 def _dequantize_kernel(
     plane,
     high_plane,
@@ -778,8 +779,9 @@ class _Launch:
     def fused(self, tier: str, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """The gemv or the gemm kernel, and the sum of the parts of K."""
         y = self.x.new_empty(self.num_rows, self.out_features)
+        split = self.num_parts > 1
         out = y
-        if self.num_parts > 1:
+        if split:
             out = y.new_empty(self.num_parts, *y.shape, dtype=torch.float32)
         rows = 1 if tier == "gemv" else row_block(self.num_rows)
         kernel = _gemv_kernel if tier == "gemv" else _gemm_kernel
@@ -805,14 +807,14 @@ class _Launch:
             BLOCK_K=BLOCK_K,
             **self.constants,
             EVEN_K=self.in_features == self.padded_in,
-            PARTS=self.num_parts,
-            HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None,
+            SPLIT=split,
+            HAS_BIAS=bias is not None and not split,
+            HAS_RESIDUAL=residual is not None and not split,
             STAGES=tile.num_stages,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        if self.num_parts > 1:
+        if split:
             self._reduce(out, y, bias, residual)
         return y
 

@@ -158,7 +158,7 @@ def linear_kernel(
     tile = tuning.tile(bits, rows)
     if rows:
         pointers["y"] = "fp32"
-        constants |= {"BLOCK_K": linear.BLOCK_K, "EVEN_K": True, "PARTS": 4}
+        constants |= {"BLOCK_K": linear.BLOCK_K, "EVEN_K": True, "SPLIT": True}
         constants |= {"HAS_BIAS": False, "HAS_RESIDUAL": False, "STAGES": tile.num_stages}
     if rows > 1:
         constants["BLOCK_M"] = rows
@@ -229,7 +229,7 @@ def attention_kernel(capability: int, case: Attention, tier: str) -> Compiled:
     padded = attention.triton.next_power_of_2(case.head_dim)
     scaled = case.cache in CACHES
     tile = attention.tile_keys(case.head_dim, "prefill" if tier == "prefill" else "decode", scaled)
-    parts = {"PART": 512, "MAX_PARTS": 32}
+    parts = {"PART": 128, "MAX_PARTS": 32}
     group = attention.triton.next_power_of_2(case.group)
     rotated = rotation_size(case.head_dim) if case.cache == "int8" else 1
     kernel, warps, constants = {
@@ -239,7 +239,11 @@ def attention_kernel(capability: int, case: Attention, tier: str) -> Compiled:
             {"PADDED_GROUP": group, "QUERIES": 64 // group},
         ),
         "decode": (attention._decode_kernel, 4, {"ROWS": 16, **parts}),
-        "combine": (attention._combine_kernel, 1, parts),
+        "combine": (
+            attention._combine_kernel,
+            1,
+            {"CHUNK": attention.combined_parts(padded), **parts},
+        ),
         "rope": (
             rope._rope_and_store_kernel,
             1,
@@ -255,7 +259,7 @@ def attention_kernel(capability: int, case: Attention, tier: str) -> Compiled:
         "PADDED_DIM": padded,
         "BLOCK_SIZE": case.block_size,
         "TILE": tile,
-        "STAGES": 2,
+        "STAGES": attention.stages(scaled),
         "GROUP": case.group,
         "WINDOW": case.window,
         "SOFT_CAP": case.soft_cap,
