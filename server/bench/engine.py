@@ -347,6 +347,7 @@ class Bench:
         engine, runner = self._start(decoder, case, self._kv_bytes(subject, case), num_tokens)
         with Stopwatch() as watch:
             watch.follow(engine.scheduler, "schedule")
+            watch.follow(engine.scheduler, "schedule_after", "schedule")
             watch.follow(runner.inner, "launch")
             watch.follow(decoder, "forward")
             if runner.inner.graphs is not None:
@@ -561,6 +562,7 @@ class Stopwatch:
         self._followed.append((owner, method))
 
     def clear(self) -> None:
+        """Forget what was measured so far."""
         for seconds in self._seconds.values():
             seconds.clear()
 

@@ -17,6 +17,9 @@ from lowbit.server.bench import engine as bench
 from lowbit.server.bench.engine import Bench, Case, Measured, Missing, Settings, Shape
 from lowbit.server.bench.timing import time_on_host
 from lowbit.server.cli import main
+from lowbit.server.config import EngineConfig
+from lowbit.server.engine.build import build_engine
+from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.model.decoder import Decoder
 from lowbit.server.model.families import read_config
 from lowbit.server.model.random_weights import RandomCheckpoint
@@ -53,6 +56,27 @@ def small_bench(clock: Callable[[], float] = time.perf_counter, **changes: Any) 
         settings=Settings(**options),
         clock=clock,
     )
+
+
+def test_steps_launched_ahead_are_measured(
+    monkeypatch: pytest.MonkeyPatch, small_shape: None
+) -> None:
+    """As on a GPU: each part of the host's work is seen, in as many steps."""
+
+    def build_ahead(decoder: Decoder, config: EngineConfig) -> LLMEngine:
+        engine = build_engine(decoder, config)
+        engine.runs_ahead = True
+        return engine
+
+    monkeypatch.setattr(bench, "build_engine", build_ahead)
+    subjects = bench.shape_subjects(["small"], [4], CpuBackend())
+    results = [each for each in small_bench().run(subjects) if each.kind == "decode"]
+    assert len(results) == 4
+    for result in results:
+        assert isinstance(result, Measured)
+        parts = result.host_seconds
+        assert parts.keys() >= {"schedule", "forward", "sample", "update", "tensors"}
+        assert all(parts[name] > 0 for name in ("schedule", "forward", "sample", "update"))
 
 
 def test_a_checkpoint_is_measured_in_every_case(
