@@ -1,11 +1,11 @@
 """Which calibration text is best? Quantize with each, compare with the 16-bit model elsewhere.
 
-    python tests/benchmarks/calibration.py SOURCE [--num-sequences 8,16,32] [--candidates a,b]
+    python tests/benchmarks/calibration.py SOURCE [--num-sequences 8 16 32] [--candidates a b]
 
 Prints its setup, a table and one JSON line last. The candidates: CPython's own language reference,
 conversations that the model draws itself, and the built-in mixture of both. Held out, all of it
 found on the machine: the descriptions of installed packages, their licences, the source of the
-standard library, and conversations drawn with another seed.
+standard library, and conversations drawn with another seed. Each candidate takes some two minutes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import platform
 import random
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from lowbit.quant.calibration import (
@@ -32,10 +33,14 @@ from lowbit.quant.evaluate import compare, load_dequantized, load_reference
 from lowbit.quant.pipeline import quantize
 from lowbit.quant.source import Source, load_source
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from quantizers import Remembered, commit, processor
 
 LENGTH = 512
-EVAL_SEQUENCES = 8
+CANDIDATES = ("reference", "sampled", "mixture")
 
 
 def package_descriptions() -> str:
@@ -72,32 +77,40 @@ def standard_library() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source")
-    parser.add_argument("--num-sequences", default="16", help=f"of {LENGTH} tokens; a list")
-    parser.add_argument("--candidates", default="reference,sampled,mixture")
+    parser.add_argument(
+        "--num-sequences", type=int, nargs="*", default=[16], help=f"of {LENGTH} tokens"
+    )
+    parser.add_argument("--candidates", nargs="*", choices=CANDIDATES, default=CANDIDATES)
+    parser.add_argument("--eval-sequences", type=int, default=6, help="of each held-out text")
     arguments = parser.parse_args()
-    sizes = [int(size) for size in arguments.num_sequences.split(",")]
-    names = arguments.candidates.split(",")
+    sizes, names = arguments.num_sequences, arguments.candidates
 
     source = load_source(arguments.source)
-    reference = load_reference(source)
+    model = load_reference(source)
     candidates: dict[str, str | None] = {"reference": reference_text(), "mixture": None}
     if "sampled" in names:
-        candidates["sampled"] = sample(source, reference, max(sizes) + 1, seed=1)
+        candidates["sampled"] = sample(source, model, max(sizes) + 1, seed=1)
     texts = {
         "descriptions": package_descriptions(),
         "licences": licences(),
         "code": standard_library(),
-        "conversations": sample(source, reference, EVAL_SEQUENCES + 1, seed=2),
+        "conversations": sample(source, model, arguments.eval_sequences + 1, seed=2),
     }
     held_out = {
         name: token_batches(
-            source.tokenizer, text, num_sequences=EVAL_SEQUENCES, sequence_length=LENGTH, seed=1
+            source.tokenizer,
+            text,
+            num_sequences=arguments.eval_sequences,
+            sequence_length=LENGTH,
+            seed=1,
         )
         for name, text in texts.items()
     }
+    reference = Remembered(model, torch.cat(list(held_out.values())))
     setup = {
         "source": Path(source.name).name,
-        "machine": platform.machine(),
+        "processor": processor(),
+        "commit": commit(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "held_out_tokens": {name: batch.numel() for name, batch in held_out.items()},
@@ -113,7 +126,7 @@ def main() -> None:
     print(json.dumps({"setup": setup, "results": results}))
 
 
-def sample(source: Source, model: LlamaForCausalLM, num_sequences: int, seed: int) -> str:
+def sample(source: Source, model: PreTrainedModel, num_sequences: int, seed: int) -> str:
     """Conversations that the model draws, as text."""
     drawn = sample_batches(
         model,
@@ -127,7 +140,7 @@ def sample(source: Source, model: LlamaForCausalLM, num_sequences: int, seed: in
 
 def measure(
     source: Source,
-    reference: LlamaForCausalLM,
+    reference: Any,
     name: str,
     text: str | None,
     num_sequences: int,

@@ -4,7 +4,8 @@
 
 SOURCE is a GGUF file or a Hugging Face folder. Each width once as it is and once as `--target-bpw`
 of the very size that it takes; `--targets` adds sizes in between. Text, tokens and comparison are
-those of `ablations.py`. Prints its setup, a table and one JSON line last.
+those of `ablations.py`. Each width takes some six minutes. Prints its setup, a table and one JSON
+line last.
 """
 
 from __future__ import annotations
