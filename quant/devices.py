@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -40,3 +42,15 @@ def resolve_device(name: str) -> torch.device:
     torch.cuda.set_device(device)  # NCCL's, too
     logger.info("computing on %s (%s)", device, torch.cuda.get_device_name(device))
     return device
+
+
+@contextmanager
+def reporting_full_memory(device: torch.device) -> Iterator[None]:
+    """A device whose memory is full raises QuantError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise QuantError(
+            f"the memory of {device} is full; with a smaller activation_memory_bytes less of it is "
+            "needed"
+        ) from error

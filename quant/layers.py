@@ -216,7 +216,9 @@ class LayeredModel:
 
     def layer_tensors(self, layer: nn.Module, index: int, quantized: set[str]) -> dict[str, Tensor]:
         """Everything in the layer but the weights and biases of the linear layers `quantized`
-        (names relative to the layer), as a new checkpoint names and stores it. Not on a GPU."""
+        (names relative to the layer), as a new checkpoint names and stores it; on the
+        processor.
+        """
         prefix = f"{self.layer_name(index)}."
         state = layer.state_dict()
         tensors: dict[str, Tensor] = {}

@@ -36,7 +36,7 @@ from .activations import ActivationStore
 from .calibration import calibration_batches, read_documents, render
 from .checkpoint import CheckpointWriter, check_output, digest, verify_checkpoint
 from .config import QuantConfig
-from .devices import resolve_device
+from .devices import reporting_full_memory, resolve_device
 from .distributed import Ranks, join_ranks
 from .embedding import check_embedding, packed_embedding, quantize_embedding
 from .errors import QuantError
@@ -149,7 +149,10 @@ def quantize(
         )
         with ranks.together():
             prepared = _prepare(settings)
-        with _journal(settings, prepared, ranks, restart=restart) as journal:
+        with (
+            _journal(settings, prepared, ranks, restart=restart) as journal,
+            reporting_full_memory(own_device),
+        ):
             run = _Run(settings, prepared, journal, ranks, started, progress=progress)
             return run.execute()
 

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from families import save_family
+from lowbit.quant import stages
 from lowbit.quant.calibration import reference_text
 from lowbit.quant.checkpoint import CheckpointReader
 from lowbit.quant.config import QuantConfig
 from lowbit.quant.devices import resolve_device
 from lowbit.quant.errors import QuantError
 from lowbit.quant.gptq import SolverConfig
+from lowbit.quant.journal import Journal
 from lowbit.quant.pipeline import quantize
 from lowbit.quant.report import read_report
 from lowbit.server.cli import main
@@ -196,6 +198,30 @@ def test_what_is_not_there_is_refused(
     assert main(["quantize", "nothing", str(out), "--device", name]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"lowbit quantize: error: {message}"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_whose_memory_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_family(tmp_path / "model", "llama")
+    (tmp_path / "text").write_text(reference_text()[:20_000], encoding="utf-8")
+
+    def solve(*arguments: Any, solve: Any = stages.solve, **options: Any) -> Any:
+        if journal.num_finished():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(stages, "solve", solve)
+    out = tmp_path / "run" / "out"
+    journal = Journal(out)
+    few = ["--num-sequences", "4", "--sequence-length", "16", "--device", "cpu"]
+    arguments = ["quantize", str(tmp_path / "model"), str(out), *few]
+    assert main([*arguments, "--calibration", str(tmp_path / "text")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "lowbit quantize: error: the memory of cpu is full; with a smaller "
+        "activation_memory_bytes less of it is needed"
+    )
+    assert journal.num_finished() == 1 and not out.exists()
 
 
 @pytest.mark.gpu
