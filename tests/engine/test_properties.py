@@ -60,6 +60,7 @@ class EngineMachine(RuleBasedStateMachine):
         token_seconds=st.sampled_from((0.0, 0.001, 0.1)),
         ahead=st.booleans(),
         revised=st.sets(st.integers(0, VOCAB - 1), max_size=10),
+        plain=st.booleans(),
     )
     def start(
         self,
@@ -73,7 +74,12 @@ class EngineMachine(RuleBasedStateMachine):
         token_seconds: float,
         ahead: bool,
         revised: set[int],
+        plain: bool,
     ) -> None:
+        """`plain`: one class, one tenant, whole prompts, no drafts."""
+        self.plain = plain
+        drafts, paced = drafts and not plain, paced and not plain
+        self.preempted: dict[Sample, tuple[int, int]] = {}  # (how often, tokens at the last time)
         self.now = 0.0
         self.token_seconds = token_seconds  # that a prompt's token adds to a step
         self.num_layers = num_layers
@@ -135,6 +141,8 @@ class EngineMachine(RuleBasedStateMachine):
     ) -> None:
         request_id = f"r{self.num_requests}"
         self.num_requests += 1
+        if self.plain:
+            priority, tenant = Priority.NORMAL, ""
         prompt = stem + tail
         params = SamplingParams(temperature=0, max_tokens=max_tokens, n=n, seed=self.num_requests)
         scheduling = SchedulingParams(priority=priority, tenant=tenant, deadline_seconds=deadline)
@@ -233,6 +241,21 @@ class EngineMachine(RuleBasedStateMachine):
             scheduler = self.engine.scheduler
             scheduler.check_integrity()
             assert scheduler.num_running + scheduler.num_waiting == len(self.expected)
+
+    @invariant()
+    def nobody_is_resumed_to_be_preempted_at_once(self) -> None:
+        """Between two preemptions a sequence makes a token, where nobody has a claim before it."""
+        if not hasattr(self, "engine") or not self.plain:
+            return
+        for samples in self.engine.scheduler._requests.values():
+            for each in samples:
+                times, tokens = self.preempted.get((each.request_id, each.index), (0, -1))
+                if each.num_preemptions > times:
+                    assert each.num_completion_tokens > tokens
+                    self.preempted[each.request_id, each.index] = (
+                        each.num_preemptions,
+                        each.num_completion_tokens,
+                    )
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
