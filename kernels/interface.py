@@ -266,6 +266,12 @@ class KernelBackend(Protocol):
         return self.linear_residual(self.activate_mul(halves, activation), down, x)
 
 
+def _numbers_on(device: torch.device, numbers: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
+    """int64; a GPU is not waited for, as it would be for memory that is not pinned."""
+    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
 def _activate(x: Tensor, activation: Activation) -> Tensor:
     match activation:
         case Activation.SILU:

@@ -364,7 +364,10 @@ def concatenate(weights: list[PackedWeight]) -> PackedWeight:
                 f"cannot share one matrix"
             )
     has_bias = any(w.bias is not None for w in weights)
-    biases = [w.bias if w.bias is not None else torch.zeros(w.out_features) for w in weights]
+    biases = [
+        torch.zeros(w.out_features, device=w.qweight.device) if w.bias is None else w.bias
+        for w in weights
+    ]
     return PackedWeight(
         bits=first.bits,
         group_size=first.group_size,

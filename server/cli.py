@@ -564,7 +564,7 @@ BENCH_SETTINGS = ("batches", "contexts", "prefill_tokens", "budget_seconds")
 
 def _bench_engine(arguments: argparse.Namespace) -> int:
     from ..kernels.interface import load_backend
-    from .bench import engine, timing
+    from .bench import engine, stopwatch, subjects, timing
     from .model.info import model_dtype
 
     settings = engine.Settings(**_given(arguments, BENCH_SETTINGS))
@@ -580,21 +580,22 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
     if arguments.checkpoint:
         if widths is not None:
             raise ValueError(f"bits is {widths}; a checkpoint is measured at its own")
-        subjects = [engine.checkpoint_subject(arguments.checkpoint, backend)]
+        models = [subjects.checkpoint_subject(arguments.checkpoint, backend)]
     else:
-        subjects = engine.shape_subjects(arguments.shape, widths, backend)
+        models = subjects.shape_subjects(arguments.shape, widths, backend)
     facts = timing.device_facts(backend.device)
     bench = engine.Bench(
         backend=backend,
         timer=timing.timer_of(backend.device),
         bytes_per_second=timing.bytes_per_second(backend.device),
         settings=settings,
+        marks=stopwatch.marks_of(backend.device),
     )
     print(_setup({**facts, "backend": backend.name}))
     print(f"memory {bench.bytes_per_second / 1e9:.1f} GB/s; greedy, blocks of 16 tokens")
     print(engine.HEADING)
     results = []
-    for result in bench.run(subjects):
+    for result in bench.run(models):
         print(engine.format_result(result), flush=True)
         results.append(dataclasses.asdict(result))
     _print_figures(

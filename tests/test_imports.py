@@ -57,6 +57,8 @@ ALLOWED = {
         "server.types",
         "server.config",
     },
+    "server.bench.stopwatch": {"server.engine.graph_runner"},
+    "server.bench.subjects": {"server.model"},
     "server.cli": {"server", "quant", "kernels"},
 }
 # Third-party package -> the only places that may import it.

@@ -1,8 +1,16 @@
 """`lowbit bench engine`: decoding and prefill of whole models, attention alone, on this machine.
 
 Every figure is measured or absent: what does not fit or was not reached in time is listed as that.
-A decode step is the engine's own (schedule, tensors, forward, sampling, update); the keys and
-values it reads are random numbers, put in the cache instead of being computed from a prompt.
+A decode step is the engine's own (schedule, tensors, forward, sampling, update; on a GPU the next
+one is launched meanwhile); the keys and values it reads are random numbers, put in the cache
+instead of being computed from a prompt.
+
+Why it should fit 8 minutes on an H100, where it has not run yet (420 seconds are kept in any case):
+nine models, 47 seconds each. Nothing read in a step takes long: 5 GB of weights (Llama-3-8B at 4
+bits) 1.5 ms at 3.35 TB/s, 33 GB (65B) 10 ms, the largest cache that fits (54 GB) 16 ms, and a case
+has at most 28 steps: 0.5 s. A prompt of 2,048 tokens is 33e12 operations for 8B, 0.1 s at a third
+of the peak, six times. What remains is making weights and caches (their bytes a few times:
+seconds), compiling (a second each, 2 to 5 kernels a model) and Python.
 """
 
 from __future__ import annotations
@@ -10,56 +18,46 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...kernels.interface import AttentionSpec, ForwardBatch, KernelBackend, KVCache
-from ...kernels.packing import SUPPORTED_BITS
 from ..config import EngineConfig
 from ..engine.build import build_engine
 from ..engine.engine import Launched, LLMEngine, Runner
+from ..engine.graph_runner import DecodeGraphs
 from ..engine.memory import free_bytes
+from ..engine.model_runner import ModelRunner
 from ..engine.scheduler import SchedulerOutput
 from ..engine.sequence import SampledToken, SequenceResult
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
-from ..model.families import read_config
-from ..model.info import model_info, model_size
-from ..model.loader import build_decoder, load_decoder
-from ..model.random_weights import RandomCheckpoint
 from ..types import SamplingParams
-from .timing import Timer
+from .stopwatch import Broken, Marks, Stopwatch
+from .subjects import Subject
+from .timing import Timer, num_copies
 
 BLOCK_SIZE = 16
 _MAX_STEPS = 32
 _MIN_STEPS = 5
 _CASE_SECONDS = 4.0  # of measured steps
 _WORKING_BYTES = 1 << 30  # that the rest of a process may need beside weights and cache
-_PROFILED_STEPS = 4
-_OTHER_STEPS = 3 + _PROFILED_STEPS  # of a case: the prompts', two that warm up, those profiled
+_OTHER_STEPS = 4  # of a case: the prompts', two that warm up, the last, which none follows
+_GRAPH_BYTES = 1 << 30
+SDPA = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+)
 _MIN_CONTEXT = 2 * (_OTHER_STEPS + _MIN_STEPS)
-
-
-class Broken(RuntimeError):
-    """The engine did not do what is being timed; its time would say nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """A model to measure, not loaded yet."""
-
-    name: str
-    bits: int
-    config: ModelConfig
-    weight_bytes: int  # that a step reads
-    held_bytes: int  # that loading takes, at least
-    load: Callable[[], Decoder]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +90,13 @@ class Measured:
     highest_seconds: float
     tokens_per_second: float | None = None
     roofline_ratio: float | None = None  # of the bytes it must read at the measured bandwidth
-    outside_seconds: float | None = None  # of a step, in which the device has nothing to do
+    device_seconds: float | None = None  # of a step's forward pass, by a GPU's own clock
+    # Of a step: on a GPU from the last thing it does for one to the next one's forward pass, by its
+    # own clock (it waits, or receives inputs); on a CPU all but the forward pass.
+    outside_seconds: float | None = None
     host_seconds: dict[str, float] = field(default_factory=dict)  # of a step, by part, medians
     sdpa_seconds: float | None = None  # the same attention over contiguous keys and values
+    sdpa: str = ""  # by which of PyTorch's implementations, the fastest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,130 +112,6 @@ class Missing:
 
 
 Result = Measured | Missing
-
-
-# Subjects
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A Llama-like model by its numbers."""
-
-    name: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    tied: bool = False
-    group_size: int = 128
-
-    def hf_config(self) -> dict[str, Any]:
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "max_position_embeddings": 1 << 17,  # how far it was trained costs nothing
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": self.tied,
-        }
-
-    def linear_weights(self) -> int:
-        """Of all layers together, without the head."""
-        head_dim = self.hidden_size // self.num_heads
-        attention = 2 * self.hidden_size * (self.hidden_size + self.num_kv_heads * head_dim)
-        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
-
-    def bytes_at(self, bits: float) -> int:
-        """Of linear layers with their scales, and the 16-bit head; what a step reads."""
-        per_weight = bits / 8 + (2 / self.group_size if bits < 16 else 0)
-        return int(self.linear_weights() * per_weight) + 2 * self.vocab_size * self.hidden_size
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape(
-            name="SmolLM2-135M", vocab_size=49152, hidden_size=576, intermediate_size=1536,
-            num_layers=30, num_heads=9, num_kv_heads=3, tied=True, group_size=64,
-        ),
-        Shape(
-            name="Llama-3-8B", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-            num_layers=32, num_heads=32, num_kv_heads=8,
-        ),
-        Shape(
-            name="Llama-2-13B", vocab_size=32000, hidden_size=5120, intermediate_size=13824,
-            num_layers=40, num_heads=40, num_kv_heads=40,
-        ),
-        Shape(
-            name="LLaMA-65B", vocab_size=32000, hidden_size=8192, intermediate_size=22016,
-            num_layers=80, num_heads=64, num_kv_heads=64,
-        ),
-    )
-}  # fmt: skip
-WIDTHS = (4, 3, 8, 16)
-DEFAULT_SHAPES = {"cpu": ("SmolLM2-135M",), "cuda": ("Llama-3-8B", "Llama-2-13B", "LLaMA-65B")}
-_WIDTHS_OF = {"LLaMA-65B": (4,)}  # at more bits it fits no single GPU
-
-
-def shape_subjects(
-    names: Sequence[str] | None, widths: Sequence[int] | None, backend: KernelBackend
-) -> list[Subject]:
-    """Random weights of each shape at each width; by default those that suit the device.
-
-    Raises ValueError for an unknown one.
-    """
-    chosen = names if names is not None else DEFAULT_SHAPES[backend.device.type]
-    for name in chosen:
-        if name not in SHAPES:
-            raise ValueError(f"shape is {name!r}; it must be one of {', '.join(SHAPES)}")
-    for bits in widths or ():
-        if bits not in (*SUPPORTED_BITS, 16):
-            raise ValueError(f"bits is {bits}; it must be 2, 3, 4, 8 or 16")
-    return [
-        _shape_subject(SHAPES[name], bits, backend)
-        for name in chosen
-        for bits in (_WIDTHS_OF.get(name, WIDTHS) if widths is None else widths)
-    ]
-
-
-def _shape_subject(shape: Shape, bits: int, backend: KernelBackend) -> Subject:
-    config = shape.hf_config()
-
-    def load() -> Decoder:
-        reader = RandomCheckpoint(config, bits, group_size=shape.group_size, device=backend.device)
-        return build_decoder(reader, backend)
-
-    # The cpu backend holds 3 bits in 4, and what is dense in float32.
-    held_bits = {2: 4, 3: 4, 16: 32}.get(bits, bits) if backend.device.type == "cpu" else bits
-    return Subject(
-        name=shape.name,
-        bits=bits,
-        config=read_config(config, {}),
-        weight_bytes=shape.bytes_at(bits),
-        held_bytes=shape.bytes_at(held_bits) + 2 * shape.vocab_size * shape.hidden_size,
-        load=load,
-    )
-
-
-def checkpoint_subject(folder: Path, backend: KernelBackend) -> Subject:
-    """A checkpoint as it stands. Raises CheckpointError."""
-    config, num_bytes = model_size(folder)
-    quantization = model_info(folder).quantization
-    lookup_bytes = 0 if config.tie_word_embeddings else 2 * config.vocab_size * config.hidden_size
-    return Subject(
-        name=folder.resolve().name,
-        bits=quantization.bits if quantization else 16,
-        config=config,
-        weight_bytes=num_bytes - lookup_bytes,
-        held_bytes=num_bytes,
-        load=lambda: load_decoder(folder, backend),
-    )
 
 
 # The bench
@@ -275,6 +153,7 @@ class Bench:
     timer: Timer
     bytes_per_second: float  # of the device's memory
     settings: Settings
+    marks: Callable[[], Marks] | None = None  # where decode steps are recorded
     clock: Callable[[], float] = time.perf_counter
 
     def run(self, subjects: Sequence[Subject]) -> Iterator[Result]:
@@ -331,41 +210,40 @@ class Bench:
         return num_blocks * BLOCK_SIZE * self._kv_token_bytes(subject)
 
     def _needed_bytes(self, subject: Subject, case: Case) -> int:
-        """The cache, the logits of a step, and what one layer's attention takes for a moment."""
+        """The cache, the logits of a step, and what one layer takes for a moment."""
         kv_bytes = self._kv_bytes(subject, case)
         layer_bytes = kv_bytes // subject.config.num_layers
         logits_bytes = 4 * case.num_seqs * subject.config.vocab_size
-        if case.kind == "attention":
-            kv_bytes = 2 * layer_bytes  # paged and contiguous
-        # The cpu backend widens a layer's bfloat16 to float64.
-        return kv_bytes + 8 * layer_bytes + 8 * logits_bytes + _WORKING_BYTES
+        moment_bytes = layer_bytes
+        if self.backend.device.type == "cpu":  # it widens a layer's bfloat16 to float64
+            moment_bytes = 8 * layer_bytes
+        if case.kind == "attention":  # paged and contiguous, each twice
+            kv_bytes = 4 * layer_bytes
+        return kv_bytes + moment_bytes + 8 * logits_bytes + _WORKING_BYTES
 
     # Decode
 
     def _decode(self, subject: Subject, decoder: Decoder, case: Case, end: float) -> Result:
         num_tokens = min(_MAX_STEPS, case.num_tokens // 2)
         engine, runner = self._start(decoder, case, self._kv_bytes(subject, case), num_tokens)
+        marks = self.marks() if self.marks else None
+        if marks is not None:
+            _record(runner.inner, case.num_seqs, engine.max_model_len, marks)
         with Stopwatch() as watch:
-            watch.follow(engine.scheduler, "schedule")
-            watch.follow(engine.scheduler, "schedule_after", "schedule")
-            watch.follow(runner.inner, "launch")
-            watch.follow(decoder, "forward")
-            if runner.inner.graphs is not None:
-                watch.follow(runner.inner.graphs, "run", "forward")
-            watch.follow(runner.inner.sampler, "draw", "sample")
-            watch.follow(engine.scheduler, "update")
+            _follow(watch, engine, runner.inner, marks)
             _step(engine, case.num_seqs)  # warms up
             first = self._timed_step(engine, case.num_seqs)
             if first > 1.0 and self.clock() + _MIN_STEPS * first > end:
                 return _missing(subject, case, self._out_of_time(f": one step took {first:.1f} s"))
             watch.clear()
+            if marks is not None:
+                marks.clear()
             seconds = self._steps(engine, case.num_seqs, num_tokens - _OTHER_STEPS)
-            parts = watch.medians()
-        step = statistics.median(seconds)
-        device = parts["forward"]
-        if self.backend.device.type == "cuda":
-            device = _busy_seconds(lambda: _step(engine, case.num_seqs))
-        parts["tensors"] = parts.pop("launch") - parts["forward"] - parts["sample"]
+            step = statistics.median(seconds)
+            parts = _parts(watch.medians(), step)
+        outside, device = step - parts["forward"], None
+        if marks is not None:
+            outside, device = map(statistics.median, marks.gaps_and_passes())
         read_bytes = subject.weight_bytes + case.num_tokens * self._kv_token_bytes(subject)
         return Measured(
             **_identity(subject, case),
@@ -374,7 +252,8 @@ class Bench:
             roofline_ratio=(
                 read_bytes / self.bytes_per_second / step if case.num_seqs == 1 else None
             ),
-            outside_seconds=step - device,
+            device_seconds=device,
+            outside_seconds=outside,
             host_seconds=parts,
         )
 
@@ -395,14 +274,15 @@ class Bench:
         self, decoder: Decoder, case: Case, kv_bytes: int, num_tokens: int
     ) -> tuple[LLMEngine, PromptSkipper]:
         """All sequences running, their contexts `num_tokens` short of the case's."""
+        # A server's tables are as wide as its longest context.
+        longest = max(case.num_tokens, *self.settings.contexts) + BLOCK_SIZE
         engine = build_engine(
             decoder,
             EngineConfig(
                 block_size=BLOCK_SIZE,
                 kv_cache_memory_bytes=kv_bytes,
-                max_model_len=min(
-                    case.num_tokens + BLOCK_SIZE, decoder.config.max_position_embeddings
-                ),
+                cuda_graph_memory_bytes=0,  # only the one batch is recorded, see `_record`
+                max_model_len=min(longest, decoder.config.max_position_embeddings),
                 max_num_seqs=case.num_seqs,
                 max_num_batched_tokens=case.num_seqs * (case.num_tokens + 1),
                 max_queued_requests=case.num_seqs,
@@ -457,20 +337,30 @@ class Bench:
         )
 
     def _attention(self, subject: Subject, case: Case) -> Result:
-        paged, contiguous = attention_calls(self.backend, subject.config, case)
-        ours, theirs = self.timer([paged]), self.timer([contiguous])
+        count, device = 1, self.backend.device
+        if device.type == "cuda":  # a step's weights leave none of a layer's keys in a cache
+            layer_bytes = self._kv_bytes(subject, case) // subject.config.num_layers
+            count = num_copies(layer_bytes, device)
+        calls = [attention_calls(self.backend, subject.config, case) for _ in range(count)]
+        ours = self.timer([paged for paged, _ in calls])
+        theirs = {
+            name: self.timer([contiguous[name] for _, contiguous in calls]) for name in calls[0][1]
+        }
+        fastest = min(theirs, key=lambda name: theirs[name].median_seconds)
         return Measured(
             **_identity(subject, case),
             **asdict(ours),
             num_repeats=1,
-            sdpa_seconds=theirs.median_seconds,
+            sdpa_seconds=theirs[fastest].median_seconds,
+            sdpa=fastest,
         )
 
 
 def attention_calls(
     backend: KernelBackend, config: ModelConfig, case: Case
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """(the backend's over a paged cache in shuffled blocks, PyTorch's over contiguous keys)."""
+) -> tuple[Callable[[], Tensor], dict[str, Callable[[], Tensor]]]:
+    """(the backend's over a paged cache in shuffled blocks, PyTorch's over contiguous keys, by
+    name: each implementation that takes them)."""
     device, head_dim = backend.device, config.head_dim
     per_sequence = -(-case.num_tokens // BLOCK_SIZE)
     num_blocks = case.num_seqs * per_sequence
@@ -491,7 +381,7 @@ def attention_calls(
     q = torch.randn(case.num_seqs, config.num_heads, head_dim, device=device)
     q = q.to(backend.hidden_dtype)
     spec = AttentionSpec(scale=head_dim**-0.5)
-    dtype = backend.kv_dtype if backend.kv_dtype.is_floating_point else backend.hidden_dtype
+    dtype = backend.kv_dtype if backend.kv_dtype.itemsize > 1 else backend.hidden_dtype
     keys, values = (
         tensor[tables.to(device)].flatten(1, 2)[:, : case.num_tokens].transpose(1, 2).to(dtype)
         for tensor in (cache.keys, cache.values)
@@ -502,12 +392,45 @@ def attention_calls(
     def paged() -> Tensor:
         return backend.attention(q, cache, plan, spec)
 
-    def contiguous() -> Tensor:
-        return F.scaled_dot_product_attention(
-            queries, keys, values, scale=spec.scale, enable_gqa=True
-        )
+    def contiguous(implementation: SDPBackend) -> Tensor:
+        with sdpa_kernel(implementation):
+            return F.scaled_dot_product_attention(
+                queries, keys, values, scale=spec.scale, enable_gqa=True
+            )
 
-    return paged, contiguous
+    calls: dict[str, Callable[[], Tensor]] = {
+        each.name: partial(contiguous, each) for each in SDPA if _works(contiguous, each)
+    }
+    # It repeats keys for each of the heads that share them, and writes scores out.
+    return paged, calls or {SDPBackend.MATH.name: partial(contiguous, SDPBackend.MATH)}
+
+
+def _works(attend: Callable[[SDPBackend], Tensor], implementation: SDPBackend) -> bool:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # which say why not
+            attend(implementation)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _record(runner: ModelRunner, num_seqs: int, max_model_len: int, marks: Marks) -> None:
+    """Decode steps of so many sequences, as a server records them.
+
+    Raises Broken where they cannot be; a warning has said why.
+    """
+    runner.graphs = DecodeGraphs(
+        runner.model,
+        runner.kv_caches,
+        marks,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=num_seqs,
+        max_blocks=-(-max_model_len // BLOCK_SIZE),
+        spare_block=runner.spare_block,
+    )
+    runner.graphs.record([num_seqs], _GRAPH_BYTES)
+    if not runner.graphs.buckets:
+        raise Broken(f"a decode step of {num_seqs} sequences cannot be recorded")
 
 
 class PromptSkipper:
@@ -533,41 +456,26 @@ class _Skipped:
         return self.results
 
 
-class Stopwatch:
-    """Seconds spent in methods, by name, each time from the outermost call to its return."""
+def _follow(watch: Stopwatch, engine: LLMEngine, runner: ModelRunner, marks: Marks | None) -> None:
+    watch.follow(engine.scheduler, "schedule")
+    watch.follow(engine.scheduler, "schedule_after", "schedule")
+    watch.follow(runner, "launch")
+    watch.follow(runner.model, "forward")
+    if runner.graphs is not None:
+        watch.follow(runner.graphs, "run", "forward")
+    watch.follow(runner.sampler, "draw", "sample", then=marks.drawn if marks else None)
+    watch.follow(engine.scheduler, "update")
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, list[float]] = {}
-        self._followed: list[tuple[object, str]] = []
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for owner, method in self._followed:
-            delattr(owner, method)  # the class's own is seen again
-
-    def follow(self, owner: object, method: str, name: str = "") -> None:
-        """Time a method of one object until the watch is left, under its own name or another."""
-        inner = getattr(owner, method)
-        seconds = self._seconds.setdefault(name or method, [])
-
-        def timed(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            result = inner(*arguments)
-            seconds.append(time.perf_counter() - start)
-            return result
-
-        setattr(owner, method, timed)
-        self._followed.append((owner, method))
-
-    def clear(self) -> None:
-        """Forget what was measured so far."""
-        for seconds in self._seconds.values():
-            seconds.clear()
-
-    def medians(self) -> dict[str, float]:
-        return {name: statistics.median(each) for name, each in self._seconds.items()}
+def _parts(medians: dict[str, float], step: float) -> dict[str, float]:
+    """What a step of so many seconds is spent on by the host; it waits for the device and its
+    tokens while it does nothing else."""
+    launch = medians.pop("launch")
+    known = medians["schedule"] + launch + medians["update"]
+    return medians | {
+        "tensors": launch - medians["forward"] - medians["sample"],
+        "wait": max(0.0, step - known),
+    }
 
 
 def _step(engine: LLMEngine, num_tokens: int) -> None:
@@ -583,22 +491,14 @@ def _fill(cache: KVCache) -> None:
     that no real context fits."""
     for tensor in (cache.keys, cache.values):
         block = torch.randn(tensor.shape[1:], device=tensor.device)
-        tensor.copy_((block if tensor.is_floating_point() else 30 * block).to(tensor.dtype))
+        if tensor.dtype is torch.uint8:  # bits of float8; some of them are no number
+            block = block.to(torch.float8_e4m3fn).view(torch.uint8)
+        elif tensor.dtype is torch.int8:
+            block = 30 * block
+        tensor.copy_(block)
     for scales in (cache.key_scales, cache.value_scales):
         if scales is not None:
             scales.fill_(1 / 32)
-
-
-def _busy_seconds(step: Callable[[], None]) -> float:
-    """How long the GPU computes for one step, without the gaps between its kernels."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(_PROFILED_STEPS):
-            step()
-        torch.cuda.synchronize()
-    on_device = [event for event in profile.events() if event.device_type.name == "CUDA"]
-    microseconds: float = sum(event.time_range.elapsed_us() for event in on_device)
-    return microseconds / 1e6 / _PROFILED_STEPS
 
 
 def _release() -> None:
@@ -636,7 +536,7 @@ def _spread(seconds: list[float]) -> dict[str, Any]:
 
 HEADING = (
     f"{'model':<14}{'bits':>5}  {'what':<10}{'batch':>6}{'context':>9}{'tokens/s':>11}{'ms':>10}"
-    f"{'lowest':>9}{'highest':>9}{'% roof':>8}{'outside ms':>12}{'x sdpa':>8}"
+    f"{'lowest':>9}{'highest':>9}{'% roof':>8}{'outside ms':>12}{'% step':>8}{'x sdpa':>8}"
 )
 
 
@@ -654,12 +554,14 @@ def format_result(result: Result) -> str:
     )
     roof = None if result.roofline_ratio is None else 100 * result.roofline_ratio
     outside = None if result.outside_seconds is None else 1e3 * result.outside_seconds
+    share = None if outside is None else outside / 10 / result.median_seconds
     slower = None
     if result.sdpa_seconds is not None:
         slower = result.median_seconds / result.sdpa_seconds
     return (
         f"{row}{_cell(result.tokens_per_second, 11, 1)}{milliseconds}"
-        f"{_cell(roof, 8, 0)}{_cell(outside, 12, 3)}{_cell(slower, 8, 2)}"
+        f"{_cell(roof, 8, 0)}{_cell(outside, 12, 3)}{_cell(share, 8, 1)}{_cell(slower, 8, 2)}"
+        f"{'  ' if result.sdpa else ''}{result.sdpa}"
     )
 
 

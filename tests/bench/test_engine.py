@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 from lowbit.kernels.cpu import CpuBackend
+from lowbit.kernels.interface import load_backend
 from lowbit.kernels.packing import DenseWeight, PackedWeight, dequantize
 from lowbit.server.bench import engine as bench
-from lowbit.server.bench.engine import Bench, Case, Measured, Missing, Settings, Shape
+from lowbit.server.bench.engine import Bench, Case, Measured, Missing, Settings
+from lowbit.server.bench.stopwatch import Marks
+from lowbit.server.bench.subjects import SHAPES, Shape, shape_subjects
 from lowbit.server.bench.timing import time_on_host
 from lowbit.server.cli import main
 from lowbit.server.config import EngineConfig
@@ -23,6 +27,7 @@ from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.model.decoder import Decoder
 from lowbit.server.model.families import read_config
 from lowbit.server.model.random_weights import RandomCheckpoint
+from recorders import EagerRecorder
 from tiny import TinyModel, build_tiny_model
 
 SMALL = Shape(
@@ -44,7 +49,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 @pytest.fixture
 def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench.SHAPES, "small", SMALL)
+    monkeypatch.setitem(SHAPES, "small", SMALL)
 
 
 def small_bench(clock: Callable[[], float] = time.perf_counter, **changes: Any) -> Bench:
@@ -56,27 +61,6 @@ def small_bench(clock: Callable[[], float] = time.perf_counter, **changes: Any) 
         settings=Settings(**options),
         clock=clock,
     )
-
-
-def test_steps_launched_ahead_are_measured(
-    monkeypatch: pytest.MonkeyPatch, small_shape: None
-) -> None:
-    """As on a GPU: each part of the host's work is seen, in as many steps."""
-
-    def build_ahead(decoder: Decoder, config: EngineConfig) -> LLMEngine:
-        engine = build_engine(decoder, config)
-        engine.runs_ahead = True
-        return engine
-
-    monkeypatch.setattr(bench, "build_engine", build_ahead)
-    subjects = bench.shape_subjects(["small"], [4], CpuBackend())
-    results = [each for each in small_bench().run(subjects) if each.kind == "decode"]
-    assert len(results) == 4
-    for result in results:
-        assert isinstance(result, Measured)
-        parts = result.host_seconds
-        assert parts.keys() >= {"schedule", "forward", "sample", "update", "tensors"}
-        assert all(parts[name] > 0 for name in ("schedule", "forward", "sample", "update"))
 
 
 def test_a_checkpoint_is_measured_in_every_case(
@@ -108,14 +92,22 @@ def test_a_checkpoint_is_measured_in_every_case(
                 result["num_seqs"] / result["median_seconds"]
             )
             parts = result["host_seconds"]
-            assert parts.keys() == {"schedule", "tensors", "forward", "sample", "update"}
+            assert parts.keys() == {
+                "schedule",
+                "tensors",
+                "forward",
+                "sample",
+                "wait",
+                "update",
+            }
             assert 0 < result["outside_seconds"] < result["median_seconds"]
         if result["kind"] == "attention":
             assert result["sdpa_seconds"] > 0
+            assert result["sdpa"] == "FLASH_ATTENTION"
 
 
 def test_random_weights_stand_for_every_width(small_shape: None) -> None:
-    subjects = bench.shape_subjects(["small"], None, CpuBackend())
+    subjects = shape_subjects(["small"], None, CpuBackend())
     results = list(small_bench(batches=(2,), contexts=(32,)).run(subjects))
     assert all(isinstance(result, Measured) for result in results)
     assert [r.bits for r in results if r.kind == "decode"] == [4, 3, 8, 16]
@@ -135,7 +127,7 @@ def test_a_decode_step_reads_contexts_up_to_the_cases(
         return plain(self, ids, positions, *rest)
 
     monkeypatch.setattr(Decoder, "forward", recording)
-    (subject,) = bench.shape_subjects(["small"], [4], CpuBackend())
+    (subject,) = shape_subjects(["small"], [4], CpuBackend())
     cases = small_bench(batches=(3,), contexts=(256,), prefill_tokens=2)
     decode = next(r for r in cases.run([subject]) if r.kind == "decode")
     assert isinstance(decode, Measured)
@@ -147,15 +139,76 @@ def test_a_decode_step_reads_contexts_up_to_the_cases(
 def test_attention_is_compared_with_the_same_attention() -> None:
     config = read_config(SMALL.hf_config(), {})
     paged, contiguous = bench.attention_calls(CpuBackend(), config, Case("attention", 3, 50))
-    expected = contiguous()[:, :, 0].flatten(1).float()
-    assert (paged() - expected).abs().max() < 0.02  # the contiguous one is computed in bfloat16
+    assert contiguous
+    for attend in contiguous.values():
+        expected = attend()[:, :, 0].flatten(1).float()
+        assert (paged() - expected).abs().max() < 0.02  # they are computed in bfloat16
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
+def test_attention_over_any_cache_of_the_gpu_backend_is_made_of_numbers(
+    kv_cache_dtype: str,
+) -> None:
+    backend = load_backend("triton", kv_cache_dtype=kv_cache_dtype)
+    config = read_config(SMALL.hf_config(), {})
+    paged, contiguous = bench.attention_calls(backend, config, Case("attention", 2, 40))
+    for attend in (paged, *contiguous.values()):
+        result = attend()
+        assert result.isfinite().all()
+        assert result.abs().max() > 0.01
+
+
+class ScriptedEvent:
+    """Happens a millisecond after the last one, on a clock of its own."""
+
+    num_events = 0
+
+    def record(self) -> None:
+        ScriptedEvent.num_events += 1
+        self.milliseconds = ScriptedEvent.num_events
+
+    def synchronize(self) -> None:
+        assert self.milliseconds
+
+    def elapsed_time(self, end_event: ScriptedEvent) -> float:
+        return end_event.milliseconds - self.milliseconds
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_device_with_a_clock_tells_how_long_it_waits(
+    small_shape: None, monkeypatch: pytest.MonkeyPatch, runs_ahead: bool
+) -> None:
+    def build(decoder: Decoder, config: EngineConfig) -> LLMEngine:
+        engine = build_engine(decoder, config)
+        engine.runs_ahead = runs_ahead
+        return engine
+
+    monkeypatch.setattr(bench, "build_engine", build)
+    recorders: list[EagerRecorder] = []
+
+    def marks() -> Marks:
+        recorders.append(EagerRecorder())
+        return Marks(recorders[-1], ScriptedEvent)
+
+    (subject,) = shape_subjects(["small"], [4], CpuBackend())
+    cases = small_bench(batches=(3,), contexts=(64,), prefill_tokens=2)
+    results = list(replace(cases, marks=marks).run([subject]))
+    (decode,) = (r for r in results if r.kind == "decode")
+    assert isinstance(decode, Measured)
+    # A start, an end and a draw in each step, and so a millisecond between any two of them.
+    assert decode.outside_seconds == pytest.approx(1e-3)
+    assert decode.device_seconds == pytest.approx(1e-3)
+    for part in ("schedule", "tensors", "forward", "sample", "update"):
+        assert decode.host_seconds[part] > 0
+    (recorder,) = recorders
+    assert recorder.num_replays == 2 + decode.num_repeats + runs_ahead
 
 
 def test_what_does_not_fit_is_said_with_what_it_needs(
     small_shape: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "free_bytes", lambda device: 1 << 30)
-    subjects = bench.shape_subjects(["small"], [4], CpuBackend())
+    subjects = shape_subjects(["small"], [4], CpuBackend())
     results = list(small_bench().run(subjects))
     assert len(results) == 9
     for result in results:
@@ -167,7 +220,7 @@ def test_what_does_not_fit_is_said_with_what_it_needs(
 def test_cases_that_alone_do_not_fit_leave_the_others(
     small_shape: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subjects = bench.shape_subjects(["small"], [4], CpuBackend())
+    subjects = shape_subjects(["small"], [4], CpuBackend())
     monkeypatch.setattr(bench, "free_bytes", lambda device: (1 << 30) + 4_000_000)
     results = list(small_bench(batches=(1,), contexts=(32, 4096)).run(subjects))
     missing = {(r.kind, r.num_tokens) for r in results if isinstance(r, Missing)}
@@ -175,14 +228,14 @@ def test_cases_that_alone_do_not_fit_leave_the_others(
 
 
 def test_the_budget_ends_it(small_shape: None) -> None:
-    subjects = bench.shape_subjects(["small"], [4, 8], CpuBackend())
+    subjects = shape_subjects(["small"], [4, 8], CpuBackend())
     results = list(small_bench(budget_seconds=0.0).run(subjects))
     assert len(results) == 14
     assert all(isinstance(r, Missing) and r.reason.startswith("out of time") for r in results)
 
 
 def test_a_step_that_takes_too_long_is_not_repeated(small_shape: None) -> None:
-    subjects = bench.shape_subjects(["small"], [4], CpuBackend())
+    subjects = shape_subjects(["small"], [4], CpuBackend())
     ticks: Iterator[int] = count(0, 30)
     slow = small_bench(
         batches=(1,), contexts=(32,), budget_seconds=150.0, clock=lambda: float(next(ticks))
@@ -195,12 +248,13 @@ def test_a_step_that_takes_too_long_is_not_repeated(small_shape: None) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--contexts", "8"], "contexts is 8; it must be at least 24"),
+        (["--contexts", "8"], "contexts is 8; it must be at least 18"),
         (["--batches", "0"], "batches is 0; it must be at least 1"),
         (["--prefill-tokens", "1"], "prefill_tokens is 1; it must be at least 2"),
         (["--budget-seconds", "-1"], "budget_seconds is -1.0; it must be at least 0"),
         (["--shape", "GPT-5"], "shape is 'GPT-5'; it must be one of SmolLM2-135M, Llama-3-8B"),
         (["--bits", "5"], "bits is 5; it must be 2, 3, 4, 8 or 16"),
+        (["--dtype", "bfloat16"], "dtype is 'bfloat16'; the cpu backend has no such choice"),
         (["--checkpoint", "nowhere"], "nowhere: there is no such folder"),
     ],
 )
