@@ -262,7 +262,7 @@ class _Choice:
             params = [self._rows[i].params for i in self._cut]
             chosen, settled = _draw_cut(*self._weights(self._cut), params, num_candidates)
             self._put(self._cut, chosen)
-            reached[self._index(self._cut)] = settled
+            reached.index_copy_(0, self._index(self._cut), settled)
         return reached
 
     def settle(self, reached: SequenceOf[float]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,14 @@ from launches import Launch
 from lowbit.kernels import triton_linear
 from lowbit.kernels.interface import ForwardBatch
 from lowbit.kernels.triton_backend import TritonBackend
+from lowbit.server.engine import sampler
 from lowbit.server.engine.graph_runner import DecodeGraphs
+from lowbit.server.engine.model_runner import ModelRunner
+from lowbit.server.engine.scheduler import SchedulerOutput
+from lowbit.server.engine.sequence import Sequence
 from lowbit.server.model.decoder import Decoder
 from lowbit.server.model.loader import load_decoder
+from lowbit.server.types import SamplingParams
 from recorders import EagerRecorder
 from tiny import TinyModel
 from torch import Tensor
@@ -124,3 +130,58 @@ def test_a_kernel_serves_every_number_of_rows_of_a_block(
     kernels = {launch.kernel for launch in launches if launch.name == "_gemm_kernel"}
     # Blocks of 16, 32 and 64 rows; layers whose inputs fill the last step of a loop, or do not.
     assert len(kernels) == 3 * 2
+
+
+# Two of each: tensors of one number are real ones in that mode.
+KINDS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.5},
+    {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
+    {"temperature": 0.7, "min_p": 0.1},
+    {"temperature": 0, "top_logprobs": 3},
+)
+
+
+def sequences_that_decode() -> list[Sequence]:
+    return [
+        Sequence(
+            request_id=str(i),
+            token_ids=list(range(20 + i)),
+            num_prompt_tokens=10,
+            max_tokens=50,
+            params=SamplingParams(**kind),
+            stop_token_ids=frozenset(),
+            seed=i,
+            block_table=[2 * i, 2 * i + 1],
+            num_cached_tokens=19 + i,
+            num_scheduled_tokens=1,
+        )
+        for i, kind in enumerate(KINDS)
+    ]
+
+
+def test_a_step_follows_another_without_asking_the_gpu_for_anything(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the numbers that the host uploads to those that it will download."""
+    decoder = load_decoder(tiny_model.folder, TritonBackend(torch.device("cpu")))
+    downloads: list[Tensor] = []
+    monkeypatch.setattr(sampler, "Download", downloads.append)
+    sequences = sequences_that_decode()
+    with fake_gpu(monkeypatch) as launches:
+        move_to_gpu(decoder)
+        runner = ModelRunner(decoder, 2 * len(KINDS), BLOCK_SIZE)
+        step = runner.launch(SchedulerOutput(sequences, 0))
+        for left_over in (5, 4):
+            for sequence in sequences[:left_over]:
+                sequence.token_ids += [0] * sequence.num_pending_tokens  # the last one is known now
+                sequence.num_cached_tokens += 1
+                sequence.num_pending_tokens = 1
+            following = SchedulerOutput(
+                sequences[:left_over], 0, blocks_to_clear=[8, 9], block_copies=[(1, 6), (2, 5)]
+            )
+            step = runner.launch(following, step)
+            assert step.tokens_of(sequences[:left_over]).device == DEVICE
+    assert [len(each) for each in downloads] == [5, 5, 4]
+    assert {each.device for each in downloads} == {DEVICE}
+    check(launches, at_least=3 * 5 * decoder.config.num_layers)
