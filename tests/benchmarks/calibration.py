@@ -5,7 +5,8 @@
 Prints its setup, a table and one JSON line last. The candidates: CPython's own language reference,
 conversations that the model draws itself, and the built-in mixture of both. Held out, all of it
 found on the machine: the descriptions of installed packages, their licences, the source of the
-standard library, and conversations drawn with another seed. Each candidate takes some three minutes.
+standard library, and conversations drawn with another seed. Each candidate takes three minutes or
+so.
 """
 
 from __future__ import annotations
