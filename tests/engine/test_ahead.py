@@ -20,7 +20,7 @@ from checking_runner import (
 )
 from engines import make_engine, prompt
 from lowbit.kernels.cpu import CpuBackend, CpuPlan
-from lowbit.kernels.interface import ForwardBatch
+from lowbit.kernels.interface import ForwardBatch, load_backend
 from lowbit.server.config import EngineConfig
 from lowbit.server.engine.async_engine import AsyncEngine
 from lowbit.server.engine.engine import LLMEngine
@@ -377,3 +377,16 @@ def test_a_step_ahead_that_does_not_fit_is_computed_in_parts(tiny_model: TinyMod
     going_ahead(engine)
     assert outputs_of(engine) == expected
     assert device.num_failures > 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same_tokens_ahead(tiny_model: TinyModel) -> None:
+    """With CUDA graphs and copies that are really on their way."""
+    found = []
+    for runs_ahead in (False, True):
+        engine = make_engine(tiny_model, backend=load_backend("triton"))
+        assert engine.runs_ahead
+        engine.runs_ahead = runs_ahead
+        found.append([each[:3] for each in outputs_of(engine)])
+    assert found[0] == found[1]
