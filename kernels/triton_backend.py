@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from . import triton_attention as paged
@@ -100,8 +101,14 @@ class TritonBackend(KernelBackend):
         down: PreparedLinear,
         activation: Activation = Activation.SILU,
     ) -> Tensor:
-        halves = self.norm_linear(x, norm, eps, gate_up)
-        return _product(elementwise.activate_mul(halves, activation, _permutation(down)), down, x)
+        normed = elementwise.rms_norm(x, norm, eps, _permutation(gate_up))
+        parts = low_bit.part_sums(normed, gate_up) if isinstance(gate_up, FragmentWeight) else None
+        order = _permutation(down)
+        if parts is None:
+            inner = elementwise.activate_mul(_product(normed, gate_up), activation, order)
+        else:  # added up there: a launch less, and no rounding between the two
+            inner = elementwise.activate_mul_parts(parts, activation, order, x.dtype)
+        return _product(inner, down, x)
 
     def logits(self, x: Tensor, head: PreparedLinear) -> Tensor:
         """[S, C] -> [S, vocabulary] float32.
@@ -267,4 +274,18 @@ def _find_device() -> tuple[torch.device, tuple[int, int]]:
             f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}; "
             "backend cpu works without"
         )
+    _check_launcher()
     return torch.device("cuda", torch.cuda.current_device()), capability
+
+
+def _check_launcher() -> None:
+    """Triton compiles what launches its kernels when it is first asked for it, in C."""
+    try:
+        triton.runtime.driver.active.get_current_device()
+    except Exception as error:  # no compiler, no headers, no libcuda: each has its own
+        reason = " ".join(str(error).split())
+        raise BackendUnavailable(
+            f"backend is 'triton'; Triton cannot launch kernels here: {reason}; besides the driver "
+            "it needs a C compiler (gcc, clang or CC) and Python's headers; backend cpu works "
+            "without"
+        ) from error

@@ -60,14 +60,24 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _summed(source, inside, plane_stride, PARTS: tl.constexpr):
+    """What stands at `source` in each plane, added up first to last in fp32."""
+    x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(source + part * plane_stride, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _activate_mul_kernel(
-    gate_up,
+    gate_up,  # [PARTS, T, 2 F]
     permutation,
     y,
     num_features,
     BLOCK: tl.constexpr,
     PERMUTED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # of a grid's dimensions only this one passes 65,535
     features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -76,8 +86,9 @@ def _activate_mul_kernel(
     if PERMUTED:
         sources = tl.load(permutation + features, mask=inside, other=0)
     start = gate_up + row * 2 * num_features
-    gate = tl.load(start + sources, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(start + num_features + sources, mask=inside, other=0.0).to(tl.float32)
+    plane_stride = tl.num_programs(0).to(tl.int64) * 2 * num_features
+    gate = _summed(start + sources, inside, plane_stride, PARTS)
+    up = _summed(start + num_features + sources, inside, plane_stride, PARTS)
     product = _activated(gate, ACTIVATION) * up
     tl.store(y + row * num_features + features, product.to(y.dtype.element_ty), mask=inside)
 
@@ -109,6 +120,20 @@ def activate_mul(
         raise ValueError(f"gate_up is {tuple(gate_up.shape)}; its rows must have two equal halves")
     _check_permutation(permutation, gate_up.shape[1] // 2)
     y: Tensor = _activate_mul(gate_up.contiguous(), activation.value, permutation)
+    return y
+
+
+def activate_mul_parts(
+    parts: Tensor, activation: Activation, permutation: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`activate_mul` of what the parts [S, T, 2 F] fp32 add up to: [T, F] in `dtype`.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    _check_rows("parts", parts[0])
+    _check_permutation(permutation, parts.shape[2] // 2)
+    y = parts.new_empty(parts.shape[1], parts.shape[2] // 2, dtype=dtype)
+    _launch_activate_mul(parts, activation.value, permutation, y)
     return y
 
 
@@ -151,21 +176,27 @@ def _(x: Tensor, weight: Tensor, eps: float, permutation: Tensor | None) -> Tens
 
 @torch.library.custom_op("lowbit::activate_mul", mutates_args=())
 def _activate_mul(gate_up: Tensor, activation: str, permutation: Tensor | None) -> Tensor:
-    num_rows, num_features = gate_up.shape[0], gate_up.shape[1] // 2
-    y = gate_up.new_empty(num_rows, num_features)
-    if num_rows == 0:
-        return y
-    with on_device_of(gate_up):
+    y = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    if len(y):
+        _launch_activate_mul(gate_up[None], activation, permutation, y)
+    return y
+
+
+def _launch_activate_mul(
+    parts: Tensor, activation: str, permutation: Tensor | None, y: Tensor
+) -> None:
+    num_rows, num_features = y.shape
+    with on_device_of(y):
         _activate_mul_kernel[(num_rows, triton.cdiv(num_features, _MUL_BLOCK))](
-            gate_up,
-            gate_up if permutation is None else permutation,
+            parts,
+            parts if permutation is None else permutation,
             y,
             num_features,
             BLOCK=_MUL_BLOCK,
             PERMUTED=permutation is not None,
             ACTIVATION=activation,
+            PARTS=len(parts),
         )
-    return y
 
 
 @_activate_mul.register_fake

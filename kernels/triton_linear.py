@@ -612,6 +612,32 @@ def linear(x: Tensor, layer: FragmentWeight, residual: Tensor | None = None) -> 
     return y
 
 
+def part_sums(x: Tensor, layer: FragmentWeight) -> Tensor | None:
+    """x W^T of each part of K [S, M, N] float32, for a kernel that adds them up as it reads them.
+
+    None where K is not cut, or where there would be more to do: then `linear` is the way. Raises
+    ValueError naming the argument.
+    """
+    _check_input(x, layer)
+    tuning = tuning_of(x.device)
+    tier = tier_of(len(x), tuning)
+    num_parts = tuning.num_parts(layer.in_features, layer.out_features)
+    if tier == "dequantize" or num_parts == 1 or layer.bias is not None or not len(x):
+        return None
+    with on_device_of(x):
+        return _Launch(
+            x if x.stride(1) == 1 else x.contiguous(),
+            list(layer.planes),
+            layer.scales,
+            layer.zeros,
+            layer.bits,
+            layer.group_size,
+            layer.out_features,
+            layer.k_width,
+            layer.scale_dtype == torch.bfloat16,
+        ).sums(tier)
+
+
 def tier_of(num_rows: int, tuning: GpuTuning) -> str:
     """gemv, gemm or dequantize: which kernels serve that many rows."""
     if num_rows <= tuning.gemv_max_rows:
@@ -779,10 +805,22 @@ class _Launch:
     def fused(self, tier: str, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """The gemv or the gemm kernel, and the sum of the parts of K."""
         y = self.x.new_empty(self.num_rows, self.out_features)
-        split = self.num_parts > 1
-        out = y
-        if split:
-            out = y.new_empty(self.num_parts, *y.shape, dtype=torch.float32)
+        if self.num_parts == 1:
+            self._multiply(tier, y, bias, residual)
+        else:
+            self._reduce(self.sums(tier), y, bias, residual)
+        return y
+
+    def sums(self, tier: str) -> Tensor:
+        """The gemv or the gemm kernel alone: [S, M, N] float32."""
+        size = (self.num_parts, self.num_rows, self.out_features)
+        planes = self.x.new_empty(size, dtype=torch.float32)
+        self._multiply(tier, planes, None, None)
+        return planes
+
+    def _multiply(
+        self, tier: str, out: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> None:
         rows = 1 if tier == "gemv" else row_block(self.num_rows)
         kernel = _gemv_kernel if tier == "gemv" else _gemm_kernel
         shape = {} if tier == "gemv" else {"BLOCK_M": rows}
@@ -792,8 +830,8 @@ class _Launch:
         kernel[grid](
             self.x,
             *self.weights,
-            y if bias is None else bias,
-            y if residual is None else residual,
+            self.x if bias is None else bias,
+            self.x if residual is None else residual,
             out,
             self.num_rows,
             self.in_features,
@@ -807,16 +845,13 @@ class _Launch:
             BLOCK_K=BLOCK_K,
             **self.constants,
             EVEN_K=self.in_features == self.padded_in,
-            SPLIT=split,
-            HAS_BIAS=bias is not None and not split,
-            HAS_RESIDUAL=residual is not None and not split,
+            SPLIT=self.num_parts > 1,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
             STAGES=tile.num_stages,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        if split:
-            self._reduce(out, y, bias, residual)
-        return y
 
     def _reduce(
         self, planes: Tensor, y: Tensor, bias: Tensor | None, residual: Tensor | None

@@ -240,7 +240,7 @@ class Bench:
                 marks.clear()
             seconds = self._steps(engine, case.num_seqs, num_tokens - _OTHER_STEPS)
             step = statistics.median(seconds)
-            parts = _parts(watch.medians(), step)
+            parts = _parts(watch.seconds(), seconds)
         outside, device = step - parts["forward"], None
         if marks is not None:
             outside, device = map(statistics.median, marks.gaps_and_passes())
@@ -467,15 +467,17 @@ def _follow(watch: Stopwatch, engine: LLMEngine, runner: ModelRunner, marks: Mar
     watch.follow(engine.scheduler, "update")
 
 
-def _parts(medians: dict[str, float], step: float) -> dict[str, float]:
-    """What a step of so many seconds is spent on by the host; it waits for the device and its
-    tokens while it does nothing else."""
-    launch = medians.pop("launch")
-    known = medians["schedule"] + launch + medians["update"]
-    return medians | {
-        "tensors": launch - medians["forward"] - medians["sample"],
-        "wait": max(0.0, step - known),
-    }
+def _parts(calls: dict[str, list[float]], steps: list[float]) -> dict[str, float]:
+    """What the host spends a step on, medians: calls by name, and steps, in seconds. It waits for
+    the device and its tokens while it does nothing else."""
+    launches = calls.pop("launch")
+    calls["tensors"] = _rest(launches, calls["forward"], calls["sample"])
+    calls["wait"] = _rest(steps, calls["schedule"], launches, calls["update"])
+    return {name: statistics.median(seconds) for name, seconds in calls.items()}
+
+
+def _rest(whole: list[float], *parts: list[float]) -> list[float]:
+    return [each - sum(rest) for each, *rest in zip(whole, *parts, strict=False)]
 
 
 def _step(engine: LLMEngine, num_tokens: int) -> None:

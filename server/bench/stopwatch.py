@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -56,9 +55,9 @@ class Stopwatch:
         for seconds in self._seconds.values():
             seconds.clear()
 
-    def medians(self) -> dict[str, float]:
-        """Of what was called at all."""
-        return {name: statistics.median(each) for name, each in self._seconds.items() if each}
+    def seconds(self) -> dict[str, list[float]]:
+        """Of each call, of what was called at all."""
+        return {name: list(each) for name, each in self._seconds.items() if each}
 
 
 class Event(Protocol):

@@ -572,6 +572,16 @@ def test_without_a_gpu_triton_is_refused_by_name() -> None:
     assert "backend is 'triton'; it needs a CUDA device" in done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton finds its driver here")
+def test_a_gpu_that_triton_cannot_launch_on_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(BackendUnavailable, match=r"cannot launch .+; .* C compiler"):
+        load_backend("triton")
+
+
 def test_unknown_and_impossible_choices_are_refused_by_name() -> None:
     with pytest.raises(BackendUnavailable, match="backend is 'metal'"):
         load_backend("metal")

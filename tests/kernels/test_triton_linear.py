@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from lowbit.kernels import triton_linear as kernels
 from lowbit.kernels.packing import FragmentWeight, PackedWeight, dequantize
+from lowbit.kernels.triton_backend import TritonBackend
 from tiny import random_packed_weight
 
 HAS_GPU = torch.cuda.is_available()
@@ -279,3 +281,39 @@ def test_launches_on_the_device_of_its_arguments() -> None:
     layer = kernels.prepare(weight, torch.device("cuda", 1), torch.float16)
     x = torch.randn(3, 256).to("cuda:1", torch.float16)
     assert relative_error(kernels.linear(x, layer), oracle(x, weight)) < 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_an_mlp_adds_parts_of_k_up_where_it_activates(
+    monkeypatch: pytest.MonkeyPatch, rows: int, act_order: bool
+) -> None:
+    """Against float64; and its first product has no kernel of its own that adds up."""
+    torch.manual_seed(rows)
+    backend = TritonBackend(DEVICE)
+    weights = []
+    for size in ((1024, 1200), (600, 1024)):
+        order = torch.randperm(size[0]) if act_order else None
+        weight = random_packed_weight(*size, group_size=128)
+        weights.append(replace(weight, input_permutation=order))
+    gate_up, down = map(backend.prepare_linear, weights)
+    x, norm = torch.randn(rows, 1024).to(DEVICE, torch.float16), torch.rand(1024).to(DEVICE) + 0.5
+    widths: list[int] = []
+    plain = kernels._Launch._reduce
+
+    def counting(launch: Any, planes: torch.Tensor, *rest: Any) -> None:
+        widths.append(planes.shape[2])
+        plain(launch, planes, *rest)
+
+    monkeypatch.setattr(kernels._Launch, "_reduce", counting)
+    with kernels.use_tuning(DEVICE, replace(kernels.tuning_of(DEVICE), num_sms=132)):
+        y = backend.mlp(x, norm, 1e-5, gate_up, down).cpu().double()
+        assert not widths
+        backend.linear(x, gate_up)
+        assert widths == [1200]
+    wide = x.cpu().double()
+    normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.cpu().double()
+    gate, up = (normed @ dequantize(weights[0]).double().T).chunk(2, dim=-1)
+    inner = torch.nn.functional.silu(gate) * up
+    expected = wide + inner @ dequantize(weights[1]).double().T
+    assert (y - expected).abs().mean() < 2e-3 * expected.abs().mean()

@@ -287,10 +287,14 @@ def other_kernels(capability: int) -> list[Compiled]:
         **{
             f"{activation}_mul": (
                 elementwise._activate_mul_kernel,
-                {"BLOCK": 1024, "PERMUTED": True, "ACTIVATION": activation},
+                {"BLOCK": 1024, "PERMUTED": True, "ACTIVATION": activation, "PARTS": 1},
             )
             for activation in ("silu", "gelu", "gelu_tanh")
         },
+        "silu_mul of parts": (
+            elementwise._activate_mul_kernel,
+            {"BLOCK": 1024, "PERMUTED": False, "ACTIVATION": "silu", "PARTS": 8},
+        ),
         "reduce": (
             linear._reduce_kernel,
             {"PARTS": 8, "BLOCK": 1024, "HAS_BIAS": True, "HAS_RESIDUAL": True},
@@ -309,6 +313,8 @@ def other_kernel(
 ) -> Compiled:
     pointers = dict.fromkeys(("x", "weight", "y", "gate_up", "bias", "residual"), dtype)
     pointers |= {"permutation": "i32", "planes": "fp32"}
+    if constants.get("PARTS", 1) > 1:
+        pointers["gate_up"] = "fp32"
     return compile_kernel(
         name,
         kernel,
