@@ -1,6 +1,6 @@
 """Which calibration text is best? Quantize with each, compare with the 16-bit model elsewhere.
 
-    python tests/benchmarks/calibration.py SOURCE [--num-sequences 8 16 32] [--candidates a b]
+    python tests/benchmarks/calibration.py SOURCE [--candidates a b] [--held-out c d]
 
 Prints its setup, a table and one JSON line last. The candidates: CPython's own language reference,
 conversations that the model draws itself, and the built-in mixture of both. Held out, all of it
@@ -42,6 +42,7 @@ from quantizers import Remembered, commit, processor
 
 LENGTH = 512
 CANDIDATES = ("reference", "sampled", "mixture")
+HELD_OUT = ("descriptions", "licences", "code", "conversations")
 
 
 def package_descriptions() -> str:
@@ -82,6 +83,7 @@ def main() -> None:
         "--num-sequences", type=int, nargs="*", default=[16], help=f"of {LENGTH} tokens"
     )
     parser.add_argument("--candidates", nargs="*", choices=CANDIDATES, default=CANDIDATES)
+    parser.add_argument("--held-out", nargs="*", choices=HELD_OUT, default=HELD_OUT)
     parser.add_argument("--eval-sequences", type=int, default=6, help="of each held-out text")
     arguments = parser.parse_args()
     sizes, names = arguments.num_sequences, arguments.candidates
@@ -92,20 +94,20 @@ def main() -> None:
     if "sampled" in names:
         candidates["sampled"] = sample(source, model, max(sizes) + 1, seed=1)
     texts = {
-        "descriptions": package_descriptions(),
-        "licences": licences(),
-        "code": standard_library(),
-        "conversations": sample(source, model, arguments.eval_sequences + 1, seed=2),
+        "descriptions": package_descriptions,
+        "licences": licences,
+        "code": standard_library,
+        "conversations": lambda: sample(source, model, arguments.eval_sequences + 1, seed=2),
     }
     held_out = {
         name: token_batches(
             source.tokenizer,
-            text,
+            texts[name](),
             num_sequences=arguments.eval_sequences,
             sequence_length=LENGTH,
             seed=1,
         )
-        for name, text in texts.items()
+        for name in arguments.held_out
     }
     reference = Remembered(model, torch.cat(list(held_out.values())))
     setup = {
@@ -116,7 +118,7 @@ def main() -> None:
         "torch": torch.__version__,
         "held_out_tokens": {name: batch.numel() for name, batch in held_out.items()},
     }
-    print(f"setup: {setup}")
+    print(f"setup: {setup}", flush=True)
     print("calibration tokens seconds      held out     KL  top-1  perplexity")
     results = [
         result
