@@ -84,9 +84,9 @@ def calibration_batches(
 
     The mixture is one half conversations that the model itself draws and one half Python's
     language reference. On the 135M chat model at 4 bits, group 64, 8192 calibration tokens, the KL
-    divergence on held-out package descriptions, licences, code and conversations was 0.152, 0.501,
-    0.122 and 0.159; with the reference alone 0.152, 0.537, 0.111 and 0.238, with conversations
-    alone 0.191, 0.518, 0.196 and 0.158 (tests/benchmarks/calibration.py). Drawing needs the whole
+    divergence on held-out package descriptions, licences, code and conversations was 0.178, 0.490,
+    0.112 and 0.132; with the reference alone 0.199, 0.559, 0.107 and 0.282, with conversations
+    alone 0.267, 0.513, 0.241 and 0.123 (tests/benchmarks/calibration.py). Drawing needs the whole
     model in memory: one that takes more than `max_model_bytes` in fp32, and an encoder, which
     draws nothing, get the reference alone. It is drawn on `device`.
     """
