@@ -597,17 +597,17 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
     results = []
     for result in bench.run(models):
         print(engine.format_result(result), flush=True)
-        results.append(dataclasses.asdict(result))
+        results.append(result)
     _print_figures(
         arguments,
         {
             **facts,
             "backend": backend.name,
             "bytes_per_second": bench.bytes_per_second,
-            "results": results,
+            "results": [dataclasses.asdict(result) for result in results],
         },
     )
-    return 0
+    return int(any(isinstance(each, engine.Missing) and each.failed for each in results))
 
 
 def _add_tune(commands: Commands) -> None:

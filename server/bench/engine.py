@@ -16,6 +16,7 @@ seconds), compiling (a second each, 2 to 5 kernels a model) and Python.
 from __future__ import annotations
 
 import gc
+import logging
 import statistics
 import time
 import warnings
@@ -44,6 +45,8 @@ from ..types import SamplingParams
 from .stopwatch import Broken, Marks, Stopwatch
 from .subjects import Subject
 from .timing import Timer, num_copies
+
+logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
 _MAX_STEPS = 32
@@ -109,6 +112,7 @@ class Missing:
     num_seqs: int
     num_tokens: int
     reason: str
+    failed: bool = False  # neither memory nor time was short
 
 
 Result = Measured | Missing
@@ -173,7 +177,12 @@ class Bench:
             reason = _does_not_fit(subject.held_bytes + _WORKING_BYTES, free)
             yield from (_missing(subject, case, reason) for case in cases)
             return
-        decoder = subject.load()
+        try:
+            decoder = subject.load()
+        except Exception as error:
+            logger.exception("loading %s at %d bits failed", subject.name, subject.bits)
+            yield from (_failed(subject, case, error) for case in cases)
+            return
         for case in cases:
             yield self._try(subject, decoder, case, end)
 
@@ -187,13 +196,12 @@ class Bench:
         needed, free = self._needed_bytes(subject, case), free_bytes(self.backend.device)
         if needed > free:
             return _missing(subject, case, _does_not_fit(needed, free))
-        match case.kind:
-            case "decode":
-                return self._decode(subject, decoder, case, end)
-            case "prefill":
-                return self._prefill(subject, decoder, case, end)
-            case _:
-                return self._attention(subject, case)
+        measures = {"decode": self._decode, "prefill": self._prefill, "attention": self._attention}
+        try:
+            return measures[case.kind](subject, decoder, case, end)
+        except Exception as error:  # a reason why this one is missing, not the end of the others
+            logger.exception("%s of %s at %d bits failed", case, subject.name, subject.bits)
+            return _failed(subject, case, error)
 
     def _out_of_time(self, found: str = "") -> str:
         return f"out of time (budget_seconds is {self.settings.budget_seconds:g}){found}"
@@ -336,7 +344,7 @@ class Bench:
             tokens_per_second=(case.num_tokens - 1) / statistics.median(seconds),
         )
 
-    def _attention(self, subject: Subject, case: Case) -> Result:
+    def _attention(self, subject: Subject, decoder: Decoder, case: Case, end: float) -> Result:
         count, device = 1, self.backend.device
         if device.type == "cuda":  # a step's weights leave none of a layer's keys in a cache
             layer_bytes = self._kv_bytes(subject, case) // subject.config.num_layers
@@ -525,6 +533,11 @@ def _identity(subject: Subject, case: Case) -> dict[str, Any]:
 
 def _missing(subject: Subject, case: Case, reason: str) -> Missing:
     return Missing(**_identity(subject, case), reason=reason)
+
+
+def _failed(subject: Subject, case: Case, error: Exception) -> Missing:
+    reason = " ".join(f"failed: {type(error).__name__}: {error}".split())
+    return Missing(**_identity(subject, case), reason=reason[:300], failed=True)
 
 
 def _spread(seconds: list[float]) -> dict[str, Any]:

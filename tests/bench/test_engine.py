@@ -227,6 +227,28 @@ def test_cases_that_alone_do_not_fit_leave_the_others(
     assert missing == {("decode", 4096), ("attention", 4096)}
 
 
+def test_a_case_that_fails_leaves_the_others(
+    small_shape: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = Decoder.forward
+
+    def failing(self: Decoder, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(ids) == 3:
+            raise RuntimeError("an illegal\nmemory access")
+        return plain(self, ids, *rest)
+
+    monkeypatch.setattr(Decoder, "forward", failing)
+    sizes = ["--batches", "1", "3", "--contexts", "32", "--prefill-tokens", "16"]
+    assert main(["bench", "engine", "--shape", "small", "--bits", "4", *sizes]) == 1
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    missing = [each for each in results if "reason" in each]
+    assert [(each["kind"], each["num_seqs"]) for each in missing] == [("decode", 3)]
+    assert missing[0]["failed"]
+    assert missing[0]["reason"].startswith("failed: ")
+    assert "tokens" in missing[0]["reason"]
+    assert len(results) == 5
+
+
 def test_the_budget_ends_it(small_shape: None) -> None:
     subjects = shape_subjects(["small"], [4, 8], CpuBackend())
     results = list(small_bench(budget_seconds=0.0).run(subjects))
