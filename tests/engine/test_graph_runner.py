@@ -117,6 +117,19 @@ def test_the_smallest_bucket_that_holds_the_rows(decoder: Decoder) -> None:
     assert graphs_of(decoder, EagerRecorder()).run(rows[:1]) is None  # nothing was recorded
 
 
+def test_all_buckets_share_one_place_for_logits(decoder: Decoder) -> None:
+    """Or the many that there are would hold more memory than the model's activations."""
+    graphs = graphs_of(decoder, EagerRecorder())
+    graphs.record([1, 2, 4, 6], 1 << 30)
+    rows = [DecodeRow(token_id=1, position=0, block_table=[i]) for i in range(6)]
+    places = set()
+    for number in (1, 2, 4, 6):
+        logits = graphs.run(rows[:number])
+        assert logits is not None
+        places.add(logits.data_ptr())
+    assert len(places) == 1
+
+
 def test_buckets_beyond_the_memory_budget_are_left_out(
     decoder: Decoder, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -32,14 +32,16 @@ TUNING = GpuTuning(gpu="fake", num_sms=132, k_width=2)
 OPERATIONS = {triton_linear: ("_linear",), triton_elementwise: ("_rms_norm", "_activate_mul")}
 
 
-class _Subscripts(TorchFunctionMode):
-    """x[...] by the operations it stands for: itself it asks for a driver."""
+class _Drivers(TorchFunctionMode):
+    """x[...] and x.copy_ by the operations they stand for: themselves they ask for a driver."""
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: Any = (), options: Any = None
     ) -> Any:
         if function is Tensor.__getitem__:
             return _subscript(*arguments)
+        if function is Tensor.copy_:
+            return torch.ops.aten.copy_(*arguments, **(options or {}))
         return function(*arguments, **(options or {}))
 
 
@@ -70,7 +72,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name)._init_fn)
     monkeypatch.setitem(triton_linear._tunings, DEVICE, TUNING)
-    with FakeTensorMode(), _Subscripts(), torch.inference_mode():
+    with FakeTensorMode(), _Drivers(), torch.inference_mode():
         yield launches
 
 
