@@ -202,7 +202,10 @@ async def test_a_full_queue_says_when_to_try_again() -> None:
     engine = EngineConfig(max_num_seqs=1, max_queued_requests=1)
     rig = make_rig(RecitingRunner(gated=True), config=replace(CONFIG, engine=engine))
     async with running(rig), AsyncClient(rig.address) as client:
-        calls = [asyncio.create_task(client.generate("Hi")) for _ in range(2)]
+        calls = [asyncio.create_task(client.generate("Hi"))]
+        while rig.llm.scheduler.num_running < 1:  # or the second one may find the queue full
+            await asyncio.sleep(0.001)
+        calls.append(asyncio.create_task(client.generate("Hi")))
         async with grpc.aio.insecure_channel(rig.address) as channel:
             stub = pb_grpc.ModelServiceStub(channel)
             while (await stub.GetLoad(pb.GetLoadRequest())).num_requests < 2:
