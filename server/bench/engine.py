@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...kernels.interface import AttentionSpec, ForwardBatch, KernelBackend, KVCache
 from ..config import EngineConfig
 from ..engine.build import build_engine
-from ..engine.engine import Launched, LLMEngine, Runner
+from ..engine.engine import Done, Launched, LLMEngine, Runner
 from ..engine.graph_runner import DecodeGraphs
 from ..engine.memory import free_bytes
 from ..engine.model_runner import ModelRunner
@@ -453,15 +453,7 @@ class PromptSkipper:
             launched: Launched = self.inner.launch(output, previous)
             return launched
         token = SequenceResult((SampledToken(0, 0.0),))
-        return _Skipped([token for sequence in output.sequences if sequence.yields_token])
-
-
-@dataclass(frozen=True, slots=True)
-class _Skipped:
-    results: list[SequenceResult]
-
-    def wait(self) -> list[SequenceResult]:
-        return self.results
+        return Done([token for sequence in output.sequences if sequence.yields_token])
 
 
 def _follow(watch: Stopwatch, engine: LLMEngine, runner: ModelRunner, marks: Marks | None) -> None:

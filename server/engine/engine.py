@@ -44,6 +44,16 @@ class Launched(Protocol):
         """One result per sequence that yields and has no `error`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that was done when it was launched."""
+
+    results: list[SequenceResult]
+
+    def wait(self) -> list[SequenceResult]:
+        return self.results
+
+
 class Runner(Protocol):
     """What the engine needs of a ModelRunner."""
 
@@ -209,6 +219,7 @@ class LLMEngine:
     def _fail(self, output: SchedulerOutput, error: Exception) -> list[TokenOutput]:
         if self.scheduler.is_void(output):  # it followed one that failed, or all have left
             logger.error("a step for nobody failed: %s", error)
+            self.current_step = None
             return []
         self._num_failed_steps += 1
         if self._num_failed_steps >= MAX_FAILED_STEPS:

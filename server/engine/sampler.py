@@ -45,15 +45,6 @@ class Sampler:
         """`looks`: see Draws. Set where the logits are on the host."""
         self._looks = looks
 
-    def sample(
-        self,
-        logits: Tensor,
-        sequences: SequenceOf[Sequence],
-        allowed: SequenceOf[SequenceOf[bytes]] | None = None,
-    ) -> list[SequenceResult]:
-        """What `draw` draws, known to the host."""
-        return self.draw(logits, sequences, allowed).wait()
-
     def draw(
         self,
         logits: Tensor,

@@ -64,11 +64,11 @@ def sequences(number: int, vocab_size: int, settings: dict[str, Any]) -> list[Se
 
 def median_milliseconds(logits: torch.Tensor, batch: list[Sequence], repeats: int) -> float:
     sampler = Sampler()
-    sampler.sample(logits, batch)
+    sampler.draw(logits, batch).wait()
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
-        sampler.sample(logits, batch)
+        sampler.draw(logits, batch).wait()
         times.append(time.perf_counter() - started)
     return statistics.median(times) * 1000
 

@@ -16,12 +16,11 @@ import platform
 import random
 import sys
 import time
-from dataclasses import dataclass
 from itertools import product
 from statistics import median
 
 from lowbit.server.config import EngineConfig
-from lowbit.server.engine.engine import LLMEngine
+from lowbit.server.engine.engine import Done, LLMEngine
 from lowbit.server.engine.scheduler import SchedulerOutput
 from lowbit.server.engine.sequence import SampledToken, SequenceResult
 from lowbit.server.types import SamplingParams
@@ -34,17 +33,9 @@ PROMPT_TOKENS = 256
 class InstantRunner:
     """Answers every sequence with the same token. The time it takes itself is not counted."""
 
-    def launch(self, output: SchedulerOutput, previous: object = None) -> Answers:
+    def launch(self, output: SchedulerOutput, previous: object = None) -> Done:
         result = SequenceResult((SampledToken(1, -1.0),))
-        return Answers([result for each in output.sequences if each.yields_token])
-
-
-@dataclass(frozen=True)
-class Answers:
-    results: list[SequenceResult]
-
-    def wait(self) -> list[SequenceResult]:
-        return self.results
+        return Done([result for each in output.sequences if each.yields_token])
 
 
 def make_engine(num_running: int, *, prefix_cache: bool = True) -> LLMEngine:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -59,7 +61,11 @@ class LoggingRunner(CheckingRunner):
 
 
 def engine_of(
-    runner: CheckingRunner, drafter: Drafter | None = None, num_blocks: int = 64, **settings: Any
+    runner: CheckingRunner,
+    drafter: Drafter | None = None,
+    num_blocks: int = 64,
+    clock: Callable[[], float] = time.monotonic,
+    **settings: Any,
 ) -> LLMEngine:
     limits = {"block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 64} | settings
     return LLMEngine(
@@ -71,6 +77,7 @@ def engine_of(
         eos_token_ids=frozenset({EOS}),
         drafter=drafter,
         runs_ahead=True,
+        clock=clock,
     )
 
 
@@ -97,6 +104,14 @@ def seed_whose_completion(prompt: list[int], ends: bool, length: int) -> int:
         if len(completion) == length and (completion[-1] == EOS) == ends:
             return seed
     raise AssertionError
+
+
+def add_stream(engine: LLMEngine, name: str, first: int = 1) -> list[int]:
+    """A request that makes 12 tokens: those."""
+    tokens = [first, 2, 3]
+    seed = seed_whose_completion(tokens, ends=False, length=12)
+    add(engine, name, tokens, dataclasses.replace(GREEDY, seed=seed))
+    return expected_completion(tokens, seed, 12)
 
 
 def test_a_step_is_launched_before_the_last_one_is_waited_for() -> None:
@@ -126,8 +141,7 @@ def test_what_is_computed_behind_the_end_is_dropped() -> None:
 def test_a_request_is_admitted_after_one_step_at_most() -> None:
     runner = LoggingRunner()
     engine = engine_of(runner)
-    seed = seed_whose_completion([1, 2, 3], ends=False, length=12)
-    add(engine, "a", [1, 2, 3], dataclasses.replace(GREEDY, seed=seed))
+    add_stream(engine, "a")
     for _ in range(4):
         engine.step()
     add(engine, "b", [4, 5, 6])
@@ -139,30 +153,24 @@ def test_a_request_is_admitted_after_one_step_at_most() -> None:
 def test_with_all_places_taken_waiting_ones_hold_nobody_up() -> None:
     runner = LoggingRunner()
     engine = engine_of(runner, max_num_seqs=1)
-    seed = seed_whose_completion([1, 2, 3], ends=False, length=12)
-    add(engine, "a", [1, 2, 3], dataclasses.replace(GREEDY, seed=seed))
-    add(engine, "b", [1, 2, 4], dataclasses.replace(GREEDY, seed=seed))
-    received = finish(engine)
-    assert received["a"] == expected_completion([1, 2, 3], seed, 12)
-    assert received["b"] == expected_completion([1, 2, 4], seed, 12)
+    expected = {"a": add_stream(engine, "a"), "b": add_stream(engine, "b", first=4)}
+    assert finish(engine) == expected
     assert runner.num_ahead >= 10
 
 
 def test_one_that_leaves_is_withdrawn_from_the_step_on_its_way() -> None:
     engine = engine_of(LoggingRunner())
-    seeds = [seed_whose_completion([i, 2, 3], ends=False, length=12) for i in range(2)]
-    for i, seed in enumerate(seeds):
-        add(engine, str(i), [i, 2, 3], dataclasses.replace(GREEDY, seed=seed))
+    add_stream(engine, "a")
+    expected = add_stream(engine, "b", first=4)
     for _ in range(4):
         engine.step()
-    engine.abort("0")
-    assert finish(engine) == {"1": expected_completion([1, 2, 3], seeds[1], 12)[4:]}
+    engine.abort("a")
+    assert finish(engine) == {"b": expected[4:]}
 
 
 def test_the_deadline_holds_with_a_step_on_its_way() -> None:
-    engine = engine_of(LoggingRunner())
     now = 0.0
-    engine.scheduler._clock = lambda: now
+    engine = engine_of(LoggingRunner(), clock=lambda: now)
     params = dataclasses.replace(
         GREEDY, seed=seed_whose_completion([1, 2, 3], ends=False, length=12)
     )
@@ -243,8 +251,7 @@ def test_hopeful_drafts_are_waited_for() -> None:
 def test_a_step_that_fails_on_its_way_fails_its_sequences_once(late: bool) -> None:
     runner = LoggingRunner()
     engine = engine_of(runner)
-    seed = seed_whose_completion([1, 2, 3], ends=False, length=12)
-    add(engine, "a", [1, 2, 3], dataclasses.replace(GREEDY, seed=seed))
+    add_stream(engine, "a")
     for _ in range(3):
         engine.step()
     runner.fail_next, runner.fails_late = not late, late
@@ -254,8 +261,8 @@ def test_a_step_that_fails_on_its_way_fails_its_sequences_once(late: bool) -> No
     assert [output.finish_reason for output in outputs if output.finish_reason] == [
         FinishReason.ERROR
     ]
-    add(engine, "b", [1, 2, 3], dataclasses.replace(GREEDY, seed=seed))
-    assert finish(engine) == {"b": expected_completion([1, 2, 3], seed, 12)}
+    expected = add_stream(engine, "b")
+    assert finish(engine) == {"b": expected}
 
 
 async def test_a_client_that_has_enough_gets_no_token_more() -> None:

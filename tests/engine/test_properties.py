@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lowbit.server.config import EngineConfig
 from lowbit.server.engine.engine import LLMEngine
 from lowbit.server.engine.scheduler import SchedulerOutput
+from lowbit.server.engine.sequence import Sequence
 from lowbit.server.types import (
     DeadlineExceeded,
     FinishReason,
@@ -109,6 +110,7 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.expected: dict[Sample, list[int]] = {}  # of the samples alive
         self.received: dict[Sample, list[int]] = {}
+        self.sequences: dict[Sample, Sequence] = {}
         self.arrived: dict[str, float] = {}
         self.deadlines: dict[str, float] = {}
         self.num_requests = 0
@@ -172,6 +174,7 @@ class EngineMachine(RuleBasedStateMachine):
             key = (request_id, sample.index)
             self.expected[key] = expected_completion(prompt, sample.seed, max_tokens)
             self.received[key] = []
+            self.sequences[key] = sample
 
     @rule(data=st.data(), whole=st.booleans(), happens=RARELY)
     def abort(self, data: st.DataObject, whole: bool, happens: bool) -> None:
@@ -247,15 +250,12 @@ class EngineMachine(RuleBasedStateMachine):
         """Between two preemptions a sequence makes a token, where nobody has a claim before it."""
         if not hasattr(self, "engine") or not self.plain:
             return
-        for samples in self.engine.scheduler._requests.values():
-            for each in samples:
-                times, tokens = self.preempted.get((each.request_id, each.index), (0, -1))
-                if each.num_preemptions > times:
-                    assert each.num_completion_tokens > tokens
-                    self.preempted[each.request_id, each.index] = (
-                        each.num_preemptions,
-                        each.num_completion_tokens,
-                    )
+        for key in self.expected:
+            sequence = self.sequences[key]
+            times, tokens = self.preempted.get(key, (0, -1))
+            if sequence.num_preemptions > times:
+                assert sequence.num_completion_tokens > tokens
+                self.preempted[key] = (sequence.num_preemptions, sequence.num_completion_tokens)
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

@@ -54,7 +54,7 @@ def only_token(result: SequenceResult) -> SampledToken:
 def frequencies(params: SamplingParams, logits: Tensor, num_draws: int = NUM_DRAWS) -> Tensor:
     """How often each token is drawn with the seeds 0, 1, 2, …: counts [V]."""
     sequences = [sequence_of(params, seed) for seed in range(num_draws)]
-    results = Sampler().sample(logits.expand(num_draws, -1), sequences)
+    results = Sampler().draw(logits.expand(num_draws, -1), sequences).wait()
     tokens = torch.tensor([only_token(result).token_id for result in results])
     return tokens.bincount(minlength=len(logits))
 
@@ -190,7 +190,7 @@ def test_temperature_zero_and_one_almost_zero_are_greedy() -> None:
 )
 def test_penalties_and_bans_bind_greedy_choices_too(settings: dict[str, Any], token: int) -> None:
     params = SamplingParams(temperature=0, **settings)
-    (result,) = Sampler().sample(LOGITS[None], [sequence_of(params)])
+    (result,) = Sampler().draw(LOGITS[None], [sequence_of(params)]).wait()
     assert only_token(result).token_id == token
 
 
@@ -198,7 +198,7 @@ def test_a_stop_token_is_not_drawn_before_min_tokens() -> None:
     for num_tokens, token in ((4, 0), (5, 1)):
         params = SamplingParams(temperature=0, min_tokens=num_tokens)
         sequence = sequence_of(params, stop_token_ids=frozenset({0, 2}))
-        (result,) = Sampler().sample(LOGITS[None], [sequence])
+        (result,) = Sampler().draw(LOGITS[None], [sequence]).wait()
         assert only_token(result).token_id == token
 
 
@@ -224,9 +224,9 @@ def mixed_sequences(number: int) -> list[Sequence]:
 def test_a_row_is_sampled_alike_alone_and_in_a_crowd() -> None:
     sequences = mixed_sequences(60)
     logits = 2 * torch.randn(60, 3001, generator=torch.Generator().manual_seed(8))
-    together = Sampler().sample(logits, sequences)
+    together = Sampler().draw(logits, sequences).wait()
     for i, sequence in enumerate(sequences):
-        (alone,) = Sampler().sample(logits[i : i + 1], [sequence])
+        (alone,) = Sampler().draw(logits[i : i + 1], [sequence]).wait()
         assert alone.tokens[0].token_id == together[i].tokens[0].token_id
         assert alone.tokens[0].logprob == pytest.approx(together[i].tokens[0].logprob, abs=1e-5)
 
@@ -236,7 +236,7 @@ def test_logprobs_are_the_models_own_whatever_the_parameters() -> None:
     expected = logits.double().log_softmax(-1)
     sequences = mixed_sequences(20)
     for row, (result, sequence) in enumerate(
-        zip(Sampler().sample(logits, sequences), sequences, strict=True)
+        zip(Sampler().draw(logits, sequences).wait(), sequences, strict=True)
     ):
         token = only_token(result)
         assert token.logprob == pytest.approx(expected[row, token.token_id].item(), abs=1e-5)
@@ -255,7 +255,7 @@ def test_tokens_that_are_equally_likely_share_a_rank() -> None:
     ranks = {}
     for token_id in range(5):
         sequence = sequence_of(SamplingParams(allowed_token_ids=(token_id,)))
-        (result,) = Sampler().sample(logits, [sequence])
+        (result,) = Sampler().draw(logits, [sequence]).wait()
         ranks[only_token(result).token_id] = only_token(result).rank
     assert ranks == {0: 3, 1: 1, 2: 3, 3: 1, 4: 5}
 
@@ -267,10 +267,10 @@ def test_logits_that_are_not_finite_fail_their_row_alone(
 ) -> None:
     sequences = mixed_sequences(7)
     logits = torch.randn(7, 3001, generator=torch.Generator().manual_seed(2))
-    expected = Sampler().sample(logits, sequences)
+    expected = Sampler().draw(logits, sequences).wait()
     sequences[3] = sequence_of(SamplingParams(**settings))
     logits[3, 17] = value
-    results = Sampler().sample(logits, sequences)
+    results = Sampler().draw(logits, sequences).wait()
     assert results[3].error == "the model's logits are not finite numbers"
     assert results[3].tokens == ()
     assert results[:3] + results[4:] == expected[:3] + expected[4:]
@@ -279,7 +279,7 @@ def test_logits_that_are_not_finite_fail_their_row_alone(
 def test_a_model_that_gives_allowed_tokens_no_chance_fails() -> None:
     logits = torch.tensor([[1.0, -math.inf, -math.inf]])
     sequence = sequence_of(SamplingParams(allowed_token_ids=(1, 2)), prompt=[0], completion=[])
-    (result,) = Sampler().sample(logits, [sequence])
+    (result,) = Sampler().draw(logits, [sequence]).wait()
     assert "no token that is allowed" in result.error
 
 
@@ -291,7 +291,7 @@ def step_by_step(logits: Tensor, params: SamplingParams, seed: int) -> list[int]
     tokens: list[int] = []
     for row in logits:
         sequence = sequence_of(params, seed, completion=COMPLETION + tokens)
-        (result,) = Sampler().sample(row[None], [sequence])
+        (result,) = Sampler().draw(row[None], [sequence]).wait()
         tokens.append(only_token(result).token_id)
     return tokens
 
@@ -318,7 +318,7 @@ def test_drafts_change_no_token(settings: dict[str, Any]) -> None:
             right if torch.rand((), generator=generator) < 0.7 else (right + 1) % 6
             for right in expected[:4]
         ]
-        (result,) = Sampler().sample(logits, [sequence_of(params, seed, draft=draft)])
+        (result,) = Sampler().draw(logits, [sequence_of(params, seed, draft=draft)]).wait()
         tokens = [token.token_id for token in result.tokens]
         num_right = next((i for i in range(4) if draft[i] != expected[i]), 4)
         assert tokens == expected[: num_right + 1]
@@ -331,7 +331,7 @@ def test_verification_preserves_the_distribution() -> None:
     params = SamplingParams(temperature=1.2)
     second = LOGITS.flip(0)
     sequences = [sequence_of(params, seed, draft=[1]) for seed in range(NUM_DRAWS)]
-    results = Sampler().sample(torch.stack([LOGITS, second]).repeat(NUM_DRAWS, 1), sequences)
+    results = Sampler().draw(torch.stack([LOGITS, second]).repeat(NUM_DRAWS, 1), sequences).wait()
     first_tokens = torch.tensor([result.tokens[0].token_id for result in results])
     second_tokens = torch.tensor([r.tokens[1].token_id for r in results if len(r.tokens) == 2])
     assert len(second_tokens) == (first_tokens == 1).sum()
@@ -343,7 +343,7 @@ def test_logits_that_are_not_finite_after_a_draft_leave_the_tokens_before() -> N
     logits = LOGITS.repeat(3, 1)
     logits[1, 2] = math.nan
     sequence = sequence_of(SamplingParams(temperature=0), draft=[0, 0])
-    (result,) = Sampler().sample(logits, [sequence])
+    (result,) = Sampler().draw(logits, [sequence]).wait()
     assert [token.token_id for token in result.tokens] == [0]
     assert not result.error
 

@@ -56,12 +56,13 @@ def sequences(draw: st.DrawFn) -> Sequence:
     )
 
 
+BATCHES = st.lists(st.tuples(sequences(), MASKS), min_size=1, max_size=9)
+SEEDS = st.integers(0, 2**32)
+SPREADS = st.sampled_from([0.1, 3.0, 20.0])  # of the logits: flat to steep
+
+
 @settings(max_examples=150, deadline=None)
-@given(
-    batch=st.lists(st.tuples(sequences(), MASKS), min_size=1, max_size=9),
-    seed=st.integers(0, 2**32),
-    spread=st.sampled_from([0.1, 3.0, 20.0]),
-)
+@given(batch=BATCHES, seed=SEEDS, spread=SPREADS)
 def test_rows_together_are_the_very_same_as_one_by_one(
     batch: list[tuple[Sequence, bytes | None]], seed: int, spread: float
 ) -> None:
@@ -70,7 +71,7 @@ def test_rows_together_are_the_very_same_as_one_by_one(
     logits = spread * torch.stack([torch.linspace(-1, 1, VOCAB)[order] for order in orders])
     members = [sequence for sequence, _ in batch]
     masks = [() if mask is None else (mask,) for _, mask in batch]
-    results = Sampler().sample(logits, members, masks)
+    results = Sampler().draw(logits, members, masks).wait()
     for row, (sequence, mask), result in zip(logits, batch, results, strict=True):
         expected = choose(row, sequence, mask)
         if expected is None:
@@ -139,16 +140,12 @@ def test_unsettled_rows_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(sampler, "_columns", columns)
     logits = torch.empty(2, 5000, device="meta")
-    Sampler(looks=False).sample(logits, crowd([{}, {"top_p": 0.99}]))
+    Sampler(looks=False).draw(logits, crowd([{}, {"top_p": 0.99}])).wait()
     assert next(answers, None) is None
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    batch=st.lists(st.tuples(sequences(), MASKS), min_size=1, max_size=9),
-    seed=st.integers(0, 2**32),
-    spread=st.sampled_from([0.1, 3.0, 20.0]),
-)
+@given(batch=BATCHES, seed=SEEDS, spread=SPREADS)
 def test_who_looks_later_sees_the_same(
     batch: list[tuple[Sequence, bytes | None]], seed: int, spread: float
 ) -> None:
@@ -156,7 +153,7 @@ def test_who_looks_later_sees_the_same(
     logits = spread * torch.randn(len(batch), VOCAB, generator=torch.Generator().manual_seed(seed))
     members = [sequence for sequence, _ in batch]
     masks = [() if mask is None else (mask,) for _, mask in batch]
-    expected = Sampler().sample(logits, members, masks)
+    expected = Sampler().draw(logits, members, masks).wait()
     draws = Sampler(looks=False).draw(logits, members, masks)
     first = draws.tokens.tolist()
     logits.fill_(torch.nan)
@@ -186,7 +183,7 @@ def test_a_pending_token_counts_like_a_known_one(
     for sequence, token in zip(batch, last, strict=False):
         sequence.num_pending_tokens = 0
         sequence.token_ids.append(token)
-    assert ahead == Sampler().sample(logits, batch)
+    assert ahead == Sampler().draw(logits, batch).wait()
 
 
 def test_what_asks_for_no_change_is_not_copied() -> None:

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
+from lowbit.server.engine.engine import Done
 from lowbit.server.engine.scheduler import SchedulerOutput
 from lowbit.server.engine.sequence import SequenceResult
-
-
-@dataclass(frozen=True)
-class Done:
-    results: list[SequenceResult]
-
-    def wait(self) -> list[SequenceResult]:
-        return self.results
 
 
 class BlockingRunner(ABC):
