@@ -10,7 +10,7 @@ nine models, 47 seconds each. Nothing read in a step takes long: 5 GB of weights
 bits) 1.5 ms at 3.35 TB/s, 33 GB (65B) 10 ms, the largest cache that fits (54 GB) 16 ms, and a case
 has at most 28 steps: 0.5 s. A prompt of 2,048 tokens is 33e12 operations for 8B, 0.1 s at a third
 of the peak, six times. What remains is making weights and caches (their bytes a few times:
-seconds), compiling (a second each, 2 to 5 kernels a model) and Python.
+seconds), compiling (taken for a second each, 2 to 5 kernels a model) and Python.
 """
 
 from __future__ import annotations
