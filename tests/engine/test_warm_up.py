@@ -12,7 +12,7 @@ from lowbit.kernels import triton_linear
 from lowbit.kernels.triton_backend import TritonBackend
 from lowbit.server.config import EngineConfig
 from lowbit.server.engine.build import build_engine
-from lowbit.server.engine.engine import LLMEngine
+from lowbit.server.engine.engine import Done, LLMEngine
 from lowbit.server.engine.profile import warm_up
 from lowbit.server.engine.sequence import SampledToken, Sequence, SequenceResult
 from lowbit.server.model.loader import load_decoder
@@ -29,13 +29,11 @@ pytestmark = pytest.mark.skipif(
 def answer_anything(engine: LLMEngine) -> None:
     """Logits are whatever memory held."""
 
-    def sample(
-        logits: Tensor, sequences: list[Sequence], masks: object = None
-    ) -> list[SequenceResult]:
-        return [SequenceResult((SampledToken(7, 0.0),)) for _ in sequences]
+    def draw(logits: Tensor, sequences: list[Sequence], *_: object) -> Done:
+        return Done([SequenceResult((SampledToken(7, 0.0),)) for _ in sequences])
 
     sampler: Any = engine.runner.sampler
-    sampler.sample = sample
+    sampler.draw = draw
 
 
 def serve(engine: LLMEngine, rng: random.Random) -> None:
